@@ -1,0 +1,1 @@
+"""The networks, their training, their scores and the tail threshold: numbers only, never imports `stream`."""
