@@ -1,0 +1,608 @@
+"""CSV streams on disk: KPIs as people keep them, read into columns.
+
+Rules, decided once per file:
+
+- Lines: gzip or plain (by content, not by name), UTF-8, any newline. Blank lines and `#` lines are skipped. A record is
+  one line: no number holds a newline, and so a stray quote spoils its own line only.
+- Separator: of tab, `;` and `,` the one on which most lines agree (a first line `sep=;` settles it). Blanks around
+  fields are dropped, quotes are those of csv.
+- Header: there is one if the first line names a time column, or holds no number and no time. Without one, two or three
+  columns are timestamp, value, label.
+- Columns, by name in any case and order: time, label, `missing` (1 = the point is missing), series (`KPI ID`, `name`,
+  …: the file is long, each row names its KPI). Every other column is a KPI; with more than one the file is wide.
+- Names: a file with one KPI takes the `kpi` argument, or its own stem; a wide one `<stem>.<column>`; a long one its own
+  names. In a wide or long file the `kpi` argument picks one KPI.
+- Time: epoch numbers, whole or not, or ISO 8601 (`YYYY-MM-DD`, then optionally the time and zone; no zone is UTC).
+  Numbers are seconds if their median is below 1e11, else milliseconds. Where that median lies after September 2001, a
+  number ten times smaller or larger is a torn one and refused. Rounded to the millisecond.
+- Value: a number up to 1e30 in size; empty, nan, null, none, NA and n/a are missing (NaN).
+- Label: 0, 1, true, false, yes, no; empty is unknown.
+
+A line that cannot be read is refused and reported, and the rest goes on; a file that cannot is an `InputError`.
+"""
+
+import csv
+import gzip
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from models.errors import InputError
+
+MAX_REFUSED: Final = 100  # refused lines kept with their text; all of them are counted
+MAX_VALUE: Final = 1e30  # float32 ends at 3e38, and its square must stay a number
+MAX_NAME: Final = 200  # characters of a KPI name
+_CHUNK: Final = 65_536  # lines split at once: bounds the memory of the field lists
+_SNIFFED: Final = 100  # lines that settle the separator and the number of columns
+
+_TIME: Final = ("timestamp", "timestamp_ms", "ts", "datetime", "time", "date", "epoch", "unix_time", "time_stamp")
+_LABEL: Final = ("label", "labels", "is_anomaly", "anomaly")
+_MISSING: Final = ("missing", "is_missing")
+_SERIES: Final = ("kpi", "kpi_id", "kpiid", "kpi_name", "name", "series", "series_id", "metric")
+_VALUE: Final = ("value", "values", "val")
+_NO_VALUE: Final = frozenset({"", "nan", "null", "none", "na", "n/a"})
+_NORMAL: Final = ("0", "false", "f", "no", "n")
+_ANOMALOUS: Final = ("1", "true", "t", "yes", "y")
+_BAD: Final = 2  # code of a label that is none of these words
+_SECONDS_BELOW: Final = 1e11  # as seconds the year 5138, as milliseconds 1973
+_END_MS: Final = 1e14  # the year 5138; microseconds since 1970 lie above
+_MODERN_MS: Final = 1e12  # September 2001
+
+_DAMAGED: Final = re.compile("[\0\udc80-\udcff]")  # NUL, or a byte that is not UTF-8 (surrogateescape)
+_SEP_LINE: Final = re.compile(r"sep=([,;\t])", re.IGNORECASE)
+_BINARY: Final = (b"PK\x03\x04", b"PAR1", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"SQLite format", b"\x89HDF")
+_CONTROL: Final = bytes(sorted(set(range(1, 32)) - set(b"\t\n\r\f")))
+_T = TypeVar("_T", bound=np.generic)
+_EXPECTED: Final = "expected lines such as `1469376000,0.84` or `2016-07-24 16:00:00,0.84`, with a header or without"
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedLine:
+    """A line that could not be read, and was left out.
+
+    Attributes:
+        line: its number in the file, from 1.
+        reason: what is wrong with it.
+        text: its beginning, quoted and escaped for a message.
+    """
+
+    line: int
+    reason: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One file: a row a point, in the file's own order (a wide line gives a row a column, left to right).
+
+    Attributes:
+        path: the file.
+        names: its KPIs, in order of appearance.
+        timestamp_ms: (N,) int64, milliseconds since 1970 UTC; unsorted and repeated if the file is.
+        kpi: (N,) int32, index into names.
+        value: (N,) float64; NaN = missing, never infinite.
+        label: (N,) int8: 1 anomalous, 0 normal, -1 unknown.
+        line: (N,) int64, the line number in the file, from 1.
+        refused: the first `MAX_REFUSED` lines that were left out.
+        n_refused: how many were left out in all.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    timestamp_ms: npt.NDArray[np.int64]
+    kpi: npt.NDArray[np.int32]
+    value: npt.NDArray[np.float64]
+    label: npt.NDArray[np.int8]
+    line: npt.NDArray[np.int64]
+    refused: tuple[RefusedLine, ...]
+    n_refused: int
+
+    @property
+    def labelled(self) -> bool:
+        """True if at least one point has a label."""
+        return bool((self.label >= 0).any())
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """The points of several files as one stream, in the order of replay.
+
+    Attributes:
+        names: the KPIs; the same name in two files is the same KPI.
+        timestamp_ms: (N,) int64, milliseconds since 1970 UTC.
+        kpi: (N,) int32, index into names.
+        value: (N,) float64; NaN = missing.
+        label: (N,) int8: 1 anomalous, 0 normal, -1 unknown.
+    """
+
+    names: tuple[str, ...]
+    timestamp_ms: npt.NDArray[np.int64]
+    kpi: npt.NDArray[np.int32]
+    value: npt.NDArray[np.float64]
+    label: npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Which field of a line is what; None = the file has no such column."""
+
+    separator: str
+    width: int  # fields a line
+    header: tuple[str, ...] | None
+    time: int
+    values: tuple[int, ...]  # one column, or the columns of a wide file
+    label: int | None
+    missing: int | None
+    series: int | None
+
+
+def read_table(path: Path, *, kpi: str | None = None) -> Table:
+    """Read one CSV file by the rules at the top of this module.
+
+    Args:
+        path: the file, plain or gzip.
+        kpi: name of the KPI of a file with one; the KPI to pick of a wide file (`<stem>.<column>` or `<column>`) or
+            of a long one.
+
+    Raises:
+        InputError: the file does not exist or cannot be read, is damaged or binary, has no rows, no time or no value
+            column, no KPI of that name, or more than half of its lines are refused.
+    """
+    numbers, texts, separator = _content(path, _decode(path, _read_bytes(path)))
+    layout = _layout(path, texts, separator)
+    if layout.header is not None:
+        numbers, texts = numbers[1:], texts[1:]
+    if not texts:
+        raise InputError(f"{path}: a header and no rows; {_EXPECTED}")
+
+    series = _SeriesIndex()
+    parts = [_parse(texts[i : i + _CHUNK], layout, series) for i in range(0, len(texts), _CHUNK)]
+    stamp, numeric, values, label, kpi_index, good = (np.concatenate(column) for column in zip(*parts, strict=True))
+    unit_ms = _unit_ms(stamp[numeric])
+    stamp[numeric] = np.rint(stamp[numeric] * unit_ms)
+    good &= _in_range(stamp, numeric)
+
+    bad = np.flatnonzero(~good)
+    refused = tuple(
+        RefusedLine(int(numbers[i]), _reason(texts[i], layout, unit_ms), _short(texts[i])) for i in bad[:MAX_REFUSED]
+    )
+    if 2 * len(bad) > len(texts):
+        raise InputError(
+            f"{path}: does not look like a CSV of KPI points: {len(bad)} of {len(texts)} lines refused, "
+            f"the first is line {refused[0].line}: {refused[0].reason}; {_EXPECTED}"
+        )
+
+    # Melt: a line with F values gives F rows.
+    n, width = int(good.sum()), values.shape[1]
+    if layout.series is None:
+        names = _names(path, kpi, layout)
+        row_kpi = np.tile(np.arange(width, dtype=np.int32), n)
+    else:
+        # names of refused lines are nobody's
+        used, inverse = np.unique(kpi_index[good], return_inverse=True)
+        known = list(series)
+        names, row_kpi = tuple(known[i] for i in used), inverse.astype(np.int32)
+    table = Table(
+        path=path,
+        names=names,
+        timestamp_ms=np.repeat(stamp[good].astype(np.int64), width),
+        kpi=row_kpi,
+        value=values[good].reshape(-1),
+        label=np.repeat(label[good], width),
+        line=np.repeat(numbers[good], width),
+        refused=refused,
+        n_refused=len(bad),
+    )
+    return table if kpi is None or table.names == (kpi,) else _pick(table, kpi)
+
+
+def merge(tables: Sequence[Table]) -> Points:
+    """Merge files into one stream.
+
+    One file keeps its own order: late and repeated rows are a real thing to replay. Several are merged as their lines
+    would have arrived: each keeps its own order, a late row comes where its file had it (just after the newest row
+    before it), and equal times go by the order of the files.
+    """
+    names: dict[str, int] = {}
+    for table in tables:
+        for name in table.names:
+            names.setdefault(name, len(names))
+    # The arrival time of a row is the newest timestamp that its file had reached.
+    arrival = _join([np.maximum.accumulate(table.timestamp_ms) for table in tables], np.int64)
+    order = np.argsort(arrival, kind="stable") if len(tables) > 1 else slice(None)
+    index = [np.array([names[name] for name in table.names], np.int32)[table.kpi] for table in tables]
+    return Points(
+        names=tuple(names),
+        timestamp_ms=_join([table.timestamp_ms for table in tables], np.int64)[order],
+        kpi=_join(index, np.int32)[order],
+        value=_join([table.value for table in tables], np.float64)[order],
+        label=_join([table.label for table in tables], np.int8)[order],
+    )
+
+
+def _join(columns: Sequence[npt.NDArray[_T]], dtype: type[_T]) -> npt.NDArray[_T]:
+    """Concatenate; no columns give an empty one."""
+    return np.concatenate(columns) if columns else np.empty(0, dtype)
+
+
+# --- from the disk to lines ---
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Return the file's bytes, decompressed."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the path of a CSV file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a directory, not a file; name the CSV files in it") from None
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if data[:2] == b"\x1f\x8b":
+        try:
+            return gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            # Half a file would be replayed as if it were the whole, and end in a false silence.
+            raise InputError(f"{path}: damaged or cut-off gzip ({error}); fetch the file again") from None
+    return data
+
+
+def _decode(path: Path, data: bytes) -> str:
+    """Return the text; bytes that are not UTF-8 become lone surrogates, which spoil their line only."""
+    if not data.strip(b"\0 \t\r\n\xef\xbb\xbf"):
+        raise InputError(f"{path}: {'only NUL bytes and blanks' if data else 'empty'}; {_EXPECTED}")
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{path}: UTF-16 text; save it as UTF-8")
+    head = data[:65_536].replace(b"\0", b"")  # a crash leaves runs of NUL in good text
+    control = len(head) - len(head.translate(None, _CONTROL))
+    if data.startswith(_BINARY) or control > 0.02 * len(head) + 2:
+        raise InputError(f"{path}: a binary file, begins with {data[:8]!r}; {_EXPECTED}")
+    text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _content(path: Path, text: str) -> tuple[npt.NDArray[np.int64], list[str], str | None]:
+    """Return the lines that count with their numbers, and the separator that a `sep=` line names."""
+    lines = text.split("\n")
+    numbers = [i for i, line in enumerate(lines) if (blank := line.lstrip()) and blank[0] != "#"]
+    separator = None
+    if numbers and (match := _SEP_LINE.fullmatch(lines[numbers[0]].strip(' "'))):
+        separator = match[1]
+        numbers = numbers[1:]
+    if not numbers:
+        raise InputError(f"{path}: no lines but blank ones and comments; {_EXPECTED}")
+    texts = lines if len(numbers) == len(lines) else [lines[i] for i in numbers]
+    return np.array(numbers, np.int64) + 1, texts, separator
+
+
+def _split(lines: Sequence[str], separator: str) -> list[list[str]]:
+    """Split lines into fields; a line with damaged quotes or bytes gives no fields."""
+    joined = "".join(lines)
+    if joined.isascii() and '"' not in joined and "\0" not in joined:
+        return [line.split(separator) for line in lines]
+    return [_split_careful(line, separator) for line in lines]
+
+
+def _split_careful(line: str, separator: str) -> list[str]:
+    if _DAMAGED.search(line):
+        return []
+    if '"' not in line:
+        return line.split(separator)
+    try:
+        # A reader a line: an open quote must not swallow the lines below.
+        return next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True))
+    except csv.Error:
+        return []
+
+
+# --- what the columns are ---
+
+
+def _layout(path: Path, texts: Sequence[str], separator: str | None) -> _Layout:
+    """Decide separator, header and columns.
+
+    Raises:
+        InputError: one column only, no time column, no value column, a name twice, no header for four or more columns.
+    """
+    separator, width = _sniff(texts[:_SNIFFED], separator)
+    if width < 2:
+        raise InputError(f"{path}: one column only, line reads {_short(texts[0])}; {_EXPECTED}")
+    first, *others = ([field.strip() for field in fields] for fields in _split(texts[:_SNIFFED], separator))
+    keys = [re.sub(r"^unnamed.*|^[@_]+", "", re.sub(r"[\s-]+", "_", field.lower())) for field in first]
+    if not _is_header(first, keys, width):
+        if width > 3:
+            raise InputError(
+                f"{path}: {width} columns and no header; a file with more than timestamp, value and label "
+                "needs a first line that names its columns"
+            )
+        label = 2 if width == 3 else None
+        return _Layout(separator, width, None, time=0, values=(1,), label=label, missing=None, series=None)
+
+    found = f"columns are {_short(', '.join(first), 200)}"
+    time = _find(keys, _TIME)
+    if time is None and keys[0] == "":
+        time = 0  # a data frame's index has no name; where there is a time column, it is a row number and left out
+    if time is None:
+        raise InputError(f"{path}: no timestamp column: {found}; name one of them {', '.join(_TIME[:6])}")
+    label, missing, series = _find(keys, _LABEL), _find(keys, _MISSING), _find(keys, _SERIES)
+    sample = next((fields for fields in others if len(fields) == len(first)), first)
+    values = [
+        i
+        for i, key in enumerate(keys)
+        if key
+        and i not in (time, label, missing, series)
+        # `timestamp,datetime,value`: the same time once more, for the human reader
+        and not (key in _TIME and _looks_iso(sample[i]))
+    ]
+    if not values:
+        raise InputError(f"{path}: no value column: {found}; name one of them value")
+    if series is not None and len(values) > 1:
+        named = [i for i in values if keys[i] in _VALUE]
+        if len(named) != 1:
+            raise InputError(
+                f"{path}: column {first[series]!r} names the KPI of each row, and {len(values)} columns could be its "
+                f"value: {found}; name one of them value"
+            )
+        values = named
+    twice = [name for name, count in Counter(first[i] for i in values).items() if count > 1]
+    if twice:
+        raise InputError(f"{path}: column {twice[0]!r} is there twice: {found}; every KPI needs its own name")
+    return _Layout(separator, len(first), tuple(first), time, tuple(values), label, missing, series)
+
+
+def _sniff(lines: Sequence[str], separator: str | None) -> tuple[str, int]:
+    """Return the separator on which most lines agree, and the commonest number of fields."""
+    best, agreed = (separator or ",", 1), 0
+    for candidate in (separator,) if separator else ("\t", ";", ","):
+        counts = Counter(len(fields) for fields in _split(lines, candidate) if len(fields) > 1)
+        for width, count in counts.most_common(1):
+            if count > agreed:
+                best, agreed = (candidate, width), count
+    return best
+
+
+def _is_header(first: Sequence[str], keys: Sequence[str], width: int) -> bool:
+    """Tell a header from a first line of data, torn ones included."""
+    if any(key in _TIME for key in keys):
+        return True
+    stamp, _ = _times(first)
+    return len(first) == width and bool(np.isnan(stamp).all())
+
+
+def _find(keys: Sequence[str], words: Sequence[str]) -> int | None:
+    """Return the column with the first of these names that there is."""
+    return next((keys.index(word) for word in words if word in keys), None)
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"(?<=.)(\.(csv|tsv|txt))?(\.gz)?$", "", path.name, count=1, flags=re.IGNORECASE)
+
+
+def _names(path: Path, kpi: str | None, layout: _Layout) -> tuple[str, ...]:
+    """Return the KPI names of a file that has no series column."""
+    if len(layout.values) == 1 or layout.header is None:
+        return (kpi or _stem(path),)
+    return tuple(f"{_stem(path)}.{_printable(layout.header[i])}" for i in layout.values)
+
+
+def _pick(table: Table, kpi: str) -> Table:
+    """Return the rows of one KPI.
+
+    Raises:
+        InputError: the file has no KPI of that name.
+    """
+    wanted = [i for i, name in enumerate(table.names) if kpi in (name, name.removeprefix(f"{_stem(table.path)}."))]
+    if not wanted:
+        raise InputError(f"{table.path}: no KPI {kpi!r}; it has {_short(', '.join(table.names), 200)}")
+    rows = table.kpi == wanted[0]
+    return Table(
+        path=table.path,
+        names=(table.names[wanted[0]],),
+        timestamp_ms=table.timestamp_ms[rows],
+        kpi=np.zeros(int(rows.sum()), np.int32),
+        value=table.value[rows],
+        label=table.label[rows],
+        line=table.line[rows],
+        refused=table.refused,
+        n_refused=table.n_refused,
+    )
+
+
+# --- from lines to numbers ---
+
+
+class _Labels(dict[str, int]):
+    """Label word -> 1, 0, -1 (unknown), or `_BAD`."""
+
+    def __missing__(self, text: str) -> int:
+        word = text.strip().lower()
+        number = _number(word)  # 1.0, 0.000e+00
+        if word in _NORMAL or number == 0:
+            code = 0
+        elif word in _ANOMALOUS or number == 1:
+            code = 1
+        else:
+            code = -1 if math.isnan(number) else _BAD
+        if len(self) < 1000:
+            self[text] = code
+        return code
+
+
+class _SeriesIndex(dict[str, int]):
+    """Series name -> index in order of appearance, -1 for a name that nobody could type."""
+
+    def __missing__(self, text: str) -> int:
+        name = text.strip()
+        if not name or len(name) > MAX_NAME or not name.isprintable():
+            return -1
+        if name != text:
+            return self[name]
+        self[name] = index = len(self)
+        return index
+
+
+_LABELS: Final = _Labels()
+
+_Parsed: TypeAlias = tuple[
+    npt.NDArray[np.float64],  # (N,) timestamp as written, or ms if ISO; NaN where unreadable
+    npt.NDArray[np.bool_],  # (N,) True: the timestamp is a number and waits for its unit
+    npt.NDArray[np.float64],  # (N, F) values
+    npt.NDArray[np.int8],  # (N,) label
+    npt.NDArray[np.int64],  # (N,) series index
+    npt.NDArray[np.bool_],  # (N,) the line can be read
+]
+
+
+def _parse(lines: Sequence[str], layout: _Layout, series: _SeriesIndex) -> _Parsed:
+    """Parse lines into columns, a row a line, unreadable ones included."""
+    rows = _split(lines, layout.separator)
+    n = len(rows)
+    whole = np.fromiter(map(len, rows), np.int64, n) == layout.width
+    if not whole.all():
+        rows = [row if ok else [""] * layout.width for row, ok in zip(rows, whole.tolist(), strict=True)]
+    columns = list(zip(*rows, strict=True))
+    del rows
+
+    stamp, numeric = _times(columns[layout.time])
+    values = np.stack([_floats(columns[i]) for i in layout.values], axis=1)  # (N, F)
+    good = whole & ~np.isnan(stamp) & ~(np.abs(values) > MAX_VALUE).any(axis=1)
+    label = np.full(n, -1, np.int8)
+    if layout.label is not None:
+        label = np.fromiter(map(_LABELS.__getitem__, columns[layout.label]), np.int8, n)
+        good &= label != _BAD
+    if layout.missing is not None:
+        missing = np.fromiter(map(_LABELS.__getitem__, columns[layout.missing]), np.int8, n)
+        good &= missing != _BAD
+        values[missing == 1] = np.nan
+    kpi = np.zeros(n, np.int64)
+    if layout.series is not None:
+        kpi = np.fromiter(map(series.__getitem__, columns[layout.series]), np.int64, n)
+        good &= kpi >= 0
+    return stamp, numeric, values, label, kpi, good
+
+
+def _floats(column: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Return (N,) numbers; NaN = missing, inf = infinite or not a number."""
+    if _plain(column):
+        try:
+            return np.fromiter(map(float, column), np.float64, len(column))
+        except ValueError:
+            pass  # an empty field, or a torn one: tell them apart below
+    return np.array([_number(text) for text in column], np.float64)
+
+
+def _plain(column: Sequence[str]) -> bool:
+    """True if Python's `float` takes nothing here that a CSV would not mean: 1_000, other scripts' digits."""
+    joined = "".join(column)
+    return joined.isascii() and "_" not in joined
+
+
+def _number(text: str) -> float:
+    """Return one number; NaN = missing, inf = infinite or not a number."""
+    word = text.strip()
+    if word.lower() in _NO_VALUE:
+        return math.nan
+    try:
+        return float(word) if _plain(word) else math.inf
+    except ValueError:
+        return math.inf
+
+
+def _times(column: Sequence[str]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Return (N,) timestamps, NaN where unreadable, and which are numbers that wait for a unit (the others are ms)."""
+    if _plain(column):
+        try:
+            number = np.fromiter(map(float, column), np.float64, len(column))
+            return _finite(number), np.isfinite(number)
+        except ValueError:
+            pass
+    words = [text.strip() for text in column]
+    iso = np.fromiter(map(_looks_iso, words), np.bool_, len(words))
+    stamp = np.full(len(words), np.nan)
+    stamp[iso] = _iso_ms([word for word in words if _looks_iso(word)])
+    stamp[~iso] = [_number(word) for word in words if not _looks_iso(word)]
+    return _finite(stamp), ~iso & np.isfinite(stamp)
+
+
+def _finite(stamp: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return NaN for inf, and numbers small enough to be multiplied by a unit."""
+    return np.where(np.isinf(stamp), np.nan, np.clip(stamp, -1e17, 1e17))
+
+
+def _looks_iso(word: str) -> bool:
+    return word[4:5] == "-" and word[:4].isdecimal() and word.isascii()
+
+
+def _iso_ms(words: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Return (N,) milliseconds since 1970 UTC; NaN where not ISO 8601."""
+    parsed = pd.to_datetime(pd.Series(words, dtype=object), format="ISO8601", utc=True, errors="coerce")
+    micros = parsed.dt.tz_localize(None).to_numpy("datetime64[us]")
+    ms = np.rint(micros.astype(np.int64) / 1000)  # exact: below 2**53
+    return np.where(np.isnat(micros), np.nan, ms)
+
+
+def _unit_ms(numbers: npt.NDArray[np.float64]) -> float:
+    """Return the file's unit of numeric timestamps in milliseconds: 1000 for seconds, 1 for milliseconds."""
+    return 1000.0 if not len(numbers) or np.median(numbers) < _SECONDS_BELOW else 1.0
+
+
+def _in_range(stamp: npt.NDArray[np.float64], numeric: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Tell the timestamps, (N,) in ms, that can be meant: 1970 to 5138, and no digit lost or gained."""
+    fine = (stamp >= 0) & (stamp < _END_MS)
+    middle = np.median(stamp[numeric]) if numeric.any() else 0.0
+    if middle >= _MODERN_MS:
+        fine &= ~numeric | ((stamp > middle / 10) & (stamp < middle * 10))
+    return np.asarray(fine)
+
+
+# --- what to tell the operator ---
+
+
+def _reason(line: str, layout: _Layout, unit_ms: float) -> str:
+    """Say why a line was refused: the checks of `_parse` and `_in_range` once more, in words."""
+    if "\0" in line:
+        return "holds NUL bytes"
+    if _DAMAGED.search(line):
+        return "is not UTF-8"
+    fields = [field.strip() for field in _split([line], layout.separator)[0]]
+    if not fields:
+        return "has an unbalanced quote"
+    if layout.header is not None and tuple(fields) == layout.header:
+        return "is the header once more"
+    if len(fields) != layout.width:
+        return f"has {len(fields)} fields, expected {layout.width}"
+    time = fields[layout.time]
+    stamp, numeric = _times([time])
+    if np.isnan(stamp[0]):
+        return f"timestamp {_short(time)} is neither epoch seconds, milliseconds nor ISO 8601"
+    for i in layout.values:
+        if not np.isnan(number := _number(fields[i])) and abs(number) > MAX_VALUE:
+            column = "value" if layout.header is None else f"column {_short(layout.header[i])}:"
+            known = not math.isinf(number) or "inf" in fields[i].lower()
+            return f"{column} {_short(fields[i])} is {'infinite or beyond 1e30' if known else 'not a number'}"
+    for flag in (layout.label, layout.missing):
+        if flag is not None and _LABELS[fields[flag]] == _BAD:
+            return f"label {_short(fields[flag])} is neither 0 nor 1"
+    if layout.series is not None and _SeriesIndex()[fields[layout.series]] < 0:
+        return f"KPI name {_short(fields[layout.series])} is empty, unprintable or longer than {MAX_NAME}"
+    unit = "" if not numeric[0] else " seconds" if unit_ms == 1000 else " milliseconds"
+    return f"timestamp {_short(time)}{unit} is before 1970, after 5138, or ten times off the others of the file"
+
+
+def _short(text: str, limit: int = 60) -> str:
+    """Quote a text for a message: escaped, and cut at a limit."""
+    return repr(text) if len(text) <= limit else repr(text[:limit]) + "…"
+
+
+def _printable(name: str) -> str:
+    """Return a name that can be typed and shown."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in name)[:MAX_NAME]
