@@ -1,0 +1,80 @@
+"""Training series on a regular grid, and the windows cut from them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.base import Float64
+from models.errors import ConfigError
+
+Bool = NDArray[np.bool_]
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSeries:
+    """One KPI or entity as columns on a regular grid.
+
+    Raises:
+        ConfigError: shapes or lengths disagree, or a value is infinite.
+    """
+
+    name: str
+    values: Float64  # (N, F), NaN where missing
+    anomalous: Bool  # (N,), labels; all False when unknown
+    interval_ms: int  # grid step
+    sha256: str = ""  # of the file that it was read from, for the record only
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or self.values.shape[1] < 1:
+            raise ConfigError(f"series {self.name!r}: values are {self.values.shape}, and (N, F) is needed")
+        if self.anomalous.shape != (len(self.values),) or self.anomalous.dtype != np.bool_:
+            raise ConfigError(
+                f"series {self.name!r}: anomalous is {self.anomalous.shape} {self.anomalous.dtype}, "
+                f"and ({len(self.values)},) bool is needed"
+            )
+        if np.isinf(self.values).any():
+            raise ConfigError(f"series {self.name!r}: a value is infinite; write NaN where it is missing")
+        if self.interval_ms < 1:
+            raise ConfigError(f"series {self.name!r}: interval_ms={self.interval_ms} must be at least 1")
+
+
+def complete(values: Float64, longest: int) -> Float64:
+    """Fill gaps of at most `longest` points by straight lines between their neighbours.
+
+    Args:
+        values: (N, F) float64, NaN where missing; each feature has its own gaps.
+        longest: in points; longer gaps, and those at either end, stay NaN.
+
+    Returns:
+        A filled copy, (N, F) float64.
+    """
+    filled = values.copy()
+    n = len(values)
+    position = np.arange(n)
+    for column in filled.T:  # a view: writes go to `filled`
+        missing = np.isnan(column)
+        if not missing.any() or missing.all():
+            continue
+        before = np.maximum.accumulate(np.where(missing, -1, position))  # last observed point, -1 when none
+        after = np.minimum.accumulate(np.where(missing, n, position)[::-1])[::-1]  # next observed point, n when none
+        fill = missing & (before >= 0) & (after < n) & (after - before - 1 <= longest)
+        column[fill] = np.interp(position[fill], position[~missing], column[~missing])
+    return filled
+
+
+def usable_targets(series: TrainSeries, filled: Float64, window: int) -> Int64:
+    """Positions of the points that a forecast may be trained on or judged by, ascending.
+
+    The target itself was observed (all features) and is not labelled anomalous; the `window` points before it are
+    complete in `filled` and hold no labelled anomaly.
+    """
+    n = len(series.values)
+    if n <= window:
+        return np.empty(0, dtype=np.int64)
+    bad = np.isnan(filled).any(axis=1) | series.anomalous
+    counts = np.concatenate([[0], np.cumsum(bad)])
+    clean_history = counts[window:n] == counts[: n - window]  # of target window, window + 1, ..., n - 1
+    target = ~np.isnan(series.values).any(axis=1) & ~series.anomalous
+    return np.flatnonzero(clean_history & target[window:]) + window
