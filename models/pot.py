@@ -1,0 +1,509 @@
+"""The streaming threshold: SPOT (peaks over threshold) for many series at a time, one a row.
+
+A row goes through three phases:
+
+    CALIBRATING --n >= min_scores and may_start--> GROWING --n_full scores seen--> RING
+                                                     ^                              |
+                                                     +---- excesses 4x too often ---+
+
+- Calibrating: the row keeps its `max_excess` highest scores in order of arrival, and counts them all.
+- Growing: t is the exact (k+1)-th highest score, k = max(min_excess, n (1 - level)), set at the start and again at
+  each doubling of n. Every excess is still held, so shape, scale and counts are exact after each such change.
+- Ring: t is final; a new excess replaces the oldest one. If excesses come four times as often as the level says, the
+  ring holds the highest scores of the recent past, and the row grows again from those.
+
+A score is judged by the threshold in force before it. An anomaly changes nothing but the count of alarms, so a
+burst cannot raise the threshold; what that truncates is put right in the fit (`models.gpd.refit_gpd`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import ConfigError, StateError
+from models.gpd import (
+    SHAPE_MAX,
+    SHAPE_MIN,
+    Float64Array,
+    IntArray,
+    fit_gpd,
+    refit_gpd,
+    tail_probability,
+    tail_quantile,
+)
+
+__all__ = ["Outcome", "PotConfig", "Spot", "Step", "fit_gpd", "tail_probability", "tail_quantile"]
+
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+AnyArray: TypeAlias = npt.NDArray[Any]
+
+_CALIBRATING, _GROWING, _RING = 0, 1, 2
+_NEVER: Final = 2**62
+_SHAPE_SPREAD = 0.2  # prior of the shape: N(0, 0.2^2), the range that scores of our models show
+_FEW = 10  # excesses below which the fit is not believed alone: z_q also lies above all that was seen
+_MIN_MASS_RATIO = 4.0  # tail mass is taken as at least 4 q, so that z_q lies above t even with no excess at all
+_DRIFT = 4.0  # excesses this many times as often as the level says: t is out of date
+_COLD_ITERATIONS, _MOVED_ITERATIONS, _WARM_ITERATIONS = 12, 4, 2  # Newton steps: first fit, new t, one new excess
+_CHUNK = 256  # rows fitted at once: what they need stays in the processor's cache
+
+
+class Outcome(IntEnum):
+    """What a score is; stored as uint8."""
+
+    WARMING = 0
+    NORMAL = 1
+    EXCESS = 2
+    ANOMALY = 3
+
+
+@dataclass(frozen=True)
+class PotConfig:
+    """Settings of the threshold, the same for every series.
+
+    Raises:
+        ConfigError: a value is out of its bounds, or the values do not fit together.
+    """
+
+    q: float = 1e-4  # risk: share of normal points flagged; lower trades detection for fewer false alarms
+    level: float = 0.98  # share of scores below t; higher trades bias of the tail fit for variance
+    min_scores: int = 250  # scores a series must have seen before it may be judged
+    min_excess: int = 20  # excesses kept at least while calibration grows
+    max_excess: int = 128  # size of the ring: memory (8 bytes each) against variance of z_q
+    max_alarms: int = 1000  # alarms, less points that were none, after which a row starts anew; 0: never
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, naming field, value and bound."""
+        if not 0 < self.q < 1:
+            raise ConfigError(f"q={self.q} must lie in (0, 1)")
+        if not 0 < self.level < 1:
+            raise ConfigError(f"level={self.level} must lie in (0, 1)")
+        if not self.q * _MIN_MASS_RATIO <= 1 - self.level:
+            raise ConfigError(
+                f"q={self.q} must be at most (1 - level) / {_MIN_MASS_RATIO:g} = {(1 - self.level) / 4:.3g}: "
+                "z_q has to lie well above t; lower q or the level"
+            )
+        if self.min_excess < _FEW:
+            raise ConfigError(f"min_excess={self.min_excess} must be at least {_FEW}: fewer do not carry a fit")
+        if not self.min_excess < self.max_excess <= 32_767:
+            raise ConfigError(
+                f"max_excess={self.max_excess} must be above min_excess={self.min_excess} and at most 32767"
+            )
+        if not self.min_scores >= 2 * self.min_excess:
+            raise ConfigError(
+                f"min_scores={self.min_scores} must be at least 2 min_excess = {2 * self.min_excess}: "
+                "the excesses are to be the upper tail, not the bulk"
+            )
+        if not 0 <= self.max_alarms <= 65_535:
+            raise ConfigError(f"max_alarms={self.max_alarms} must lie in 0 ... 65535")
+
+    @property
+    def n_full(self) -> int:
+        """Scores at which the excesses of the level fill the ring, and t becomes final."""
+        return int(np.ceil((self.max_excess - 1) / (1 - self.level) - 1e-6))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one call of `Spot.step` found, an entry a row of the call, (K,)."""
+
+    outcome: npt.NDArray[np.uint8]  # an Outcome
+    threshold: Float64Array  # z_q in force when the score was judged; NaN while warming
+    probability: Float64Array  # tail probability of the score, <= q exactly for an anomaly; 1.0 up to t; NaN warming
+
+
+class Spot:
+    """The thresholds of many series: a structure of arrays, a row a series.
+
+    A row's results have the same bits whichever rows share its call. Memory is 8 max_excess + 79 bytes a row.
+    """
+
+    def __init__(self, config: PotConfig, capacity: int = 0) -> None:
+        self.config = config
+        size = config.max_excess
+        self._fields: dict[str, tuple[Any, Any]] = {  # name: type in a packed row, value of a fresh row
+            "phase": ("u1", _CALIBRATING),
+            "held": ("<u2", 0),  # slots in use
+            "cursor": ("<u2", 0),  # ring: the next slot to overwrite, the oldest
+            "alarms": ("<u2", 0),  # a leaky count: +1 an anomaly, -1 any other point
+            "n": ("<i8", 0),  # scores that are not anomalies
+            "n_excess": ("<i8", 0),
+            "due": ("<i8", config.min_scores),  # n at which t is set again
+            "mark": ("<i8", 0),  # ring: n when slot 0 was last reached
+            "t": ("<f8", np.inf),
+            "shape": ("<f8", 0.0),
+            "scale": ("<f8", 0.0),
+            "mass": ("<f8", 1.0),  # P(score > t)
+            "z": ("<f8", np.inf),
+            "low": ("<f4", np.inf),  # the lowest score until t is final: gives a width when the highest are all equal
+            "peaks": (("<f4", (size,)), -np.inf),  # scores; in order of arrival until t is final
+            "ceilings": (("<f4", (size,)), np.inf),  # z_q in force when the peak came; inf while calibrating
+        }
+        self._dtype = np.dtype([(name, kind) for name, (kind, _) in self._fields.items()])
+        self._state: dict[str, AnyArray] = {name: np.empty((0, *self._dtype[name].shape), self._dtype[name].base)
+                                            for name in self._fields}  # fmt: skip
+        self._bar = np.empty(0, np.float32)  # derived: the score a row has to exceed to be stored
+        self.resize(capacity)
+
+    @property
+    def capacity(self) -> int:
+        """Return the number of rows."""
+        return len(self._bar)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return the packed, little-endian layout of one row's whole state; it depends on max_excess only."""
+        return self._dtype
+
+    def resize(self, capacity: int) -> None:
+        """Grow to `capacity` rows; the present ones keep their state, the new ones are fresh.
+
+        Raises:
+            ValueError: fewer rows than there are.
+        """
+        old = self.capacity
+        if capacity < old:
+            raise ValueError(f"capacity={capacity} is below the {old} rows in use; rows are never taken away")
+        for name, (_, fresh) in self._fields.items():
+            array = self._state[name]
+            grown = np.full((capacity, *array.shape[1:]), fresh, array.dtype)
+            grown[:old] = array
+            self._state[name] = grown
+        bar = np.full(capacity, -np.inf, np.float32)
+        bar[:old] = self._bar
+        self._bar = bar
+
+    def reset(self, rows: IntArray) -> None:
+        """Make the rows fresh: they calibrate from nothing."""
+        for name, (_, fresh) in self._fields.items():
+            self._state[name][rows] = fresh
+        self._bar[rows] = -np.inf
+
+    def calibrate(self, row: int | IntArray, scores: npt.ArrayLike) -> None:
+        """Give rows a threshold made of calibration scores; they judge from their next score on.
+
+        Up to n_full scores this equals stepping through them. Of more, t is the exact quantile of all, and their
+        excesses are thinned to max_excess of even rank with the counts to match: a prior as strong as one full ring,
+        which the row's own excesses replace.
+
+        Args:
+            row: one row or several; each gets the same state.
+            scores: of normal points, in order of arrival, (N,), N >= min_scores.
+
+        Raises:
+            ValueError: too few scores, not one dimension, or one is not finite as float32.
+        """
+        config, size = self.config, self.config.max_excess
+        with np.errstate(over="ignore"):
+            x = np.asarray(scores).astype(np.float32)
+        if x.ndim != 1 or len(x) < config.min_scores:
+            raise ValueError(f"calibration scores of shape {x.shape}: need one axis of at least {config.min_scores}")
+        if not np.isfinite(x).all():
+            raise ValueError(f"{np.count_nonzero(~np.isfinite(x))} of {len(x)} calibration scores are not finite")
+        rows = np.atleast_1d(np.asarray(row))
+        one, state = Spot(config, 1), {}
+        n, n_excess = len(x), size
+        if n > config.n_full:
+            k = int(np.floor(n * (1 - config.level) + 1e-6))
+            t = np.partition(x, n - 1 - k)[n - 1 - k]
+            over = np.sort(x[x > t])
+            if len(over) > size:
+                n = round(n * size / len(over))
+                over = over[((np.arange(size) + 0.5) * (len(over) / size)).astype(np.int64)]
+                over = over[_scrambled(size)]  # the ring forgets in this order
+            n_excess = len(over)
+            state = {"phase": _RING, "held": n_excess, "cursor": n_excess % size, "due": _NEVER, "t": t}
+            state |= {"n": n, "mark": n if n_excess == size else 0, "n_excess": n_excess, "low": x.min()}
+            one._state["peaks"][0, :n_excess] = over
+            one._bar[0] = t
+        else:
+            kept = np.sort(np.argsort(-x, kind="stable")[:size])
+            state = {"held": len(kept), "n": n, "low": x.min()}
+            one._state["peaks"][0, : len(kept)] = x[kept]
+        for name, value in state.items():
+            one._state[name][0] = value
+        only = np.zeros(1, np.int64)
+        if one._state["phase"][0] == _RING:
+            one._fit(only, _COLD_ITERATIONS)
+        else:
+            one._set_peak_threshold(only)
+        for name in self._fields:
+            self._state[name][rows] = one._state[name][0]
+        self._bar[rows] = one._bar[0]
+
+    def step(self, rows: IntArray, scores: Float64Array, may_start: BoolArray) -> Step:
+        """Judge one score of each row and learn from it.
+
+        Args:
+            rows: without repeats, (K,).
+            scores: higher is more anomalous, (K,); rounded to float32 first, as the networks give them.
+            may_start: False keeps a calibrating row calibrating, (K,).
+
+        Raises:
+            ValueError: a score is not finite as float32; no row has changed.
+        """
+        s = self._state
+        with np.errstate(over="ignore"):
+            x32 = np.asarray(scores).astype(np.float32)
+        if not np.isfinite(x32).all():
+            bad = int(np.flatnonzero(~np.isfinite(x32))[0])
+            raise ValueError(f"score {scores[bad]} of row {rows[bad]} is not finite as float32; reject it before this")
+        x = x32.astype(np.float64)
+        z = s["z"][rows]  # inf while calibrating, as t
+        excess = x > s["t"][rows]
+        anomaly = x > z
+        judged = z < np.inf
+        outcome = judged.view(np.uint8) + excess.view(np.uint8)
+        outcome += anomaly.view(np.uint8)
+
+        probability = np.where(judged, 1.0, np.nan)
+        over = np.flatnonzero(excess)
+        if len(over):
+            probability[over] = self._probability(rows[over], x[over], anomaly[over])
+
+        n = s["n"][rows] + ~anomaly
+        s["n"][rows] = n
+        phase = s["phase"][rows]
+        if phase.min(initial=_RING) < _RING:
+            early = np.flatnonzero((phase < _RING) & ~anomaly)
+            s["low"][rows[early]] = np.minimum(s["low"][rows[early]], x32[early])
+        kept = np.flatnonzero((x32 > self._bar[rows]) & ~anomaly)
+        if len(kept):
+            ring = phase[kept] == _RING
+            self._store_in_ring(rows[kept[ring]], x32[kept[ring]])
+            self._store_in_order(rows[kept[~ring]], x32[kept[~ring]])
+
+        # t again: at the start, at each doubling of n, and before an excess would be lost to a full buffer
+        full = (s["n_excess"][rows] >= self.config.max_excess) & (s["phase"][rows] == _GROWING)
+        due = (n >= s["due"][rows]) & (judged | may_start) & ~anomaly
+        again = due | full
+        if again.any():
+            self._set_peak_threshold(rows[again])
+        refit = excess & ~anomaly & ~again
+        if refit.any():
+            self._fit(rows[refit], _WARM_ITERATIONS)
+        self._count_alarms(rows, anomaly)
+        return Step(outcome, np.where(judged, z, np.nan), probability)
+
+    def pack(self, rows: IntArray) -> AnyArray:
+        """Return the whole state of the rows, (K,) of `dtype`."""
+        packed = np.empty(len(rows), self._dtype)
+        for name in self._fields:
+            packed[name] = self._state[name][rows]
+        return packed
+
+    def unpack(self, rows: IntArray, packed: AnyArray) -> None:
+        """Set the state of the rows to what `pack` gave.
+
+        Raises:
+            StateError: another layout, or a field is out of its bounds; no row has changed.
+        """
+        if packed.dtype != self._dtype or packed.shape != (len(rows),):
+            raise StateError(
+                f"packed threshold state is {packed.shape} of {packed.dtype.itemsize} bytes; expected {(len(rows),)} "
+                f"of {self._dtype.itemsize} (max_excess={self.config.max_excess}); rebuild from the log"
+            )
+        _validate(packed, self.config.max_excess)
+        for name in self._fields:
+            self._state[name][rows] = packed[name]
+        self._set_bar(rows)
+
+    def _probability(self, rows: IntArray, x: Float64Array, anomaly: BoolArray) -> Float64Array:
+        """Return the tail probability of scores above t, <= q exactly for the anomalies in spite of rounding."""
+        s, q = self._state, self.config.q
+        p = tail_probability(
+            x, peak_threshold=s["t"][rows], shape=s["shape"][rows], scale=s["scale"][rows], mass=s["mass"][rows]
+        )
+        return np.where(anomaly, np.minimum(p, q), np.maximum(p, np.nextafter(q, 1.0)))
+
+    def _store_in_ring(self, rows: IntArray, x32: npt.NDArray[np.float32]) -> None:
+        """Put an excess in the place of the oldest one."""
+        if not len(rows):
+            return
+        s, size = self._state, self.config.max_excess
+        cursor = s["cursor"][rows].astype(np.int64)
+        s["peaks"][rows, cursor] = x32
+        s["ceilings"][rows, cursor] = s["z"][rows]
+        cursor = (cursor + 1) % size
+        s["cursor"][rows] = cursor
+        s["held"][rows] = np.minimum(s["held"][rows] + 1, size)
+        s["n_excess"][rows] += 1
+        turned = rows[cursor == 0]
+        if len(turned):
+            self._turn(turned)
+
+    def _turn(self, rows: IntArray) -> None:
+        """Close a turn of the ring: forget old counts; grow again where excesses come far too often."""
+        s, size = self._state, self.config.max_excess
+        n = s["n"][rows]
+        recent = n - s["mark"][rows]  # the scores whose excesses the ring holds
+        drifted = size > _DRIFT * (1 - self.config.level) * recent
+        old = ~drifted & (s["n_excess"][rows] >= 4 * size)
+        n = np.where(old, n // 2, n)
+        s["n_excess"][rows] = np.where(old, s["n_excess"][rows] // 2, s["n_excess"][rows])
+        s["n"][rows] = np.where(drifted, recent, n)
+        s["mark"][rows] = np.where(drifted, 0, n)
+        again = rows[drifted]
+        if len(again):
+            s["phase"][again] = _GROWING
+            s["low"][again] = s["peaks"][again].min(axis=-1)
+            s["n_excess"][again] = size  # so `step` sets t again
+            self._set_bar(again)
+
+    def _store_in_order(self, rows: IntArray, x32: npt.NDArray[np.float32]) -> None:
+        """Append a score to the highest ones; of a full buffer the lowest leaves, the latest among equals."""
+        if not len(rows):
+            return
+        s, size = self._state, self.config.max_excess
+        held = s["held"][rows].astype(np.int64)
+        full = held == size
+        if full.any():
+            crowded = rows[full]
+            lowest = size - 1 - s["peaks"][crowded][:, ::-1].argmin(axis=-1)
+            order = np.arange(size - 1)
+            order = order + (order >= lowest[:, None])
+            for name in ("peaks", "ceilings"):
+                s[name][crowded, :-1] = np.take_along_axis(s[name][crowded], order, axis=-1)
+        slot = np.where(full, size - 1, held)
+        s["peaks"][rows, slot] = x32
+        s["ceilings"][rows, slot] = s["z"][rows]
+        s["held"][rows] = slot + 1
+        s["n_excess"][rows] += x32 > s["t"][rows]
+        self._set_bar(rows[slot == size - 1])
+
+    def _set_bar(self, rows: IntArray) -> None:
+        """Derive what a score has to exceed to be stored: t in the ring, else the lowest of a full buffer."""
+        s = self._state
+        lowest = s["peaks"][rows].min(axis=-1)  # -inf until the buffer is full
+        self._bar[rows] = np.where(s["phase"][rows] == _RING, s["t"][rows], lowest)
+
+    def _set_peak_threshold(self, rows: IntArray) -> None:
+        """Set t to the exact quantile of all scores so far, and fit anew; final once n is full."""
+        s, size, config = self._state, self.config.max_excess, self.config
+        n = s["n"][rows]
+        k = np.floor(n * (1 - config.level) + 1e-6).astype(np.int64)
+        final = k >= size - 1
+        k = np.clip(k, config.min_excess, size - 1)
+        peaks = s["peaks"][rows]
+        t = np.take_along_axis(np.sort(peaks, axis=-1), (size - 1 - k)[:, None], axis=-1)  # (K, 1)
+        excess = peaks > t
+        count = excess.sum(axis=-1)
+        first = s["t"][rows] == np.inf
+        # a tail over t is one over a higher t too, of the same shape and a scale that moves with it
+        moved = s["scale"][rows] + s["shape"][rows] * (t[:, 0] - np.where(first, 0.0, s["t"][rows]))
+        s["scale"][rows] = np.where(first, 0.0, np.maximum(moved, 0.0))
+        s["t"][rows] = t[:, 0]
+        s["n_excess"][rows] = count
+        s["phase"][rows] = np.where(final, _RING, _GROWING)
+        s["due"][rows] = np.where(final, _NEVER, np.minimum(2 * n, np.maximum(config.n_full, n + 1)))
+        if final.any():  # close the ranks: excesses first, in order of arrival
+            ready = rows[final]
+            order = np.argsort(~excess[final], axis=-1, kind="stable")
+            unused = np.arange(size) >= count[final][:, None]
+            for name, empty in (("peaks", -np.inf), ("ceilings", np.inf)):
+                s[name][ready] = np.where(unused, empty, np.take_along_axis(s[name][ready], order, axis=-1))
+            s["held"][ready] = count[final]
+            s["cursor"][ready] = count[final]  # below size, for k is
+            s["mark"][ready] = 0
+        self._set_bar(rows)
+        self._fit(rows[first], _COLD_ITERATIONS)
+        self._fit(rows[~first], _MOVED_ITERATIONS)
+
+    def _fit(self, rows: IntArray, iterations: int) -> None:
+        """Set shape, scale, tail mass and z_q from the excesses held; start from the present fit, if any."""
+        for start in range(0, len(rows), _CHUNK):
+            self._fit_chunk(rows[start : start + _CHUNK], iterations)
+
+    def _fit_chunk(self, rows: IntArray, iterations: int) -> None:
+        s, q = self._state, self.config.q
+        t = s["t"][rows]
+        n_excess = s["n_excess"][rows]
+        peaks = s["peaks"][rows].astype(np.float64)
+        used = peaks > t[:, None]
+        excess = np.where(used, peaks - t[:, None], 0.0)
+        ceiling = np.where(used, s["ceilings"][rows].astype(np.float64) - t[:, None], np.inf)
+        count = used.sum(axis=-1)
+        top = excess.max(axis=-1)
+
+        some = count > 0
+        width = np.where(some, top, t - s["low"][rows])  # what to add above all that was seen
+        width = np.where(width > 0, width, np.abs(t) / 1024)  # all scores equal: their own size is the only unit
+        safe = np.where(width > 0, width, 1.0)
+        excess[~some, 0] = safe[~some]  # a stand-in, so that the fit is defined; z_q does not use it
+        mean = excess.sum(axis=-1) / np.maximum(count, 1)
+        shape, scale = refit_gpd(
+            excess,
+            ceiling,
+            np.maximum(count, 1),
+            s["shape"][rows],
+            np.where(s["scale"][rows] > 0, s["scale"][rows], mean),
+            iterations=iterations,
+            shape_spread=_SHAPE_SPREAD,
+        )
+        mass = (n_excess / s["n"][rows]) * (1 - q) + q  # alarms are not in n; they are q of all
+        mass = np.minimum(np.maximum(mass, _MIN_MASS_RATIO * q), 1.0)
+        reach = tail_quantile(q, peak_threshold=0.0, shape=shape, scale=scale, mass=mass)
+        floor = np.where(count < _FEW, top + width, 0.0)
+        stretch = np.where(some, np.maximum(1.0, floor / reach), width / reach)
+        s["shape"][rows] = shape
+        s["scale"][rows] = scale * stretch
+        s["mass"][rows] = mass
+        s["z"][rows] = t + reach * stretch
+
+    def _count_alarms(self, rows: IntArray, anomaly: BoolArray) -> None:
+        """Start a row anew when it has alarmed for so long that what alarms is the new normal."""
+        if not self.config.max_alarms:
+            return
+        s = self._state
+        alarms = s["alarms"][rows]
+        if not (anomaly.any() or alarms.any()):
+            return
+        alarms = np.where(anomaly, alarms + 1, alarms - (alarms > 0)).astype(np.uint16)
+        s["alarms"][rows] = alarms
+        stuck = alarms >= self.config.max_alarms
+        if stuck.any():
+            self.reset(rows[stuck])
+
+
+def _scrambled(size: int) -> IntArray:
+    """Return 0 ... size-1 in an order in which any stretch is spread evenly: by the golden ratio."""
+    return np.argsort((np.arange(size) * 0.6180339887498949) % 1.0, kind="stable")
+
+
+def _validate(packed: AnyArray, size: int) -> None:
+    """Raise StateError, naming field and value, unless every row is one that `Spot` could have made."""
+    f = {name: packed[name] for name in packed.dtype.names or ()}
+    phase, held, n, n_excess, t, z = (f[name] for name in ("phase", "held", "n", "n_excess", "t", "z"))
+    fresh, ring = phase == _CALIBRATING, phase == _RING
+    used = np.arange(size) < held[:, None]
+    peaks, ceilings = f["peaks"], f["ceilings"]
+    above = (used & (peaks > t[:, None])).sum(axis=-1)
+    finite = np.isfinite
+    checks: tuple[tuple[str, Any], ...] = (
+        ("phase", phase <= _RING),
+        ("n", (n >= 0) & (n < _NEVER)),
+        ("held", (held <= size) & (held <= n) & (ring | (held == np.minimum(n, size)))),
+        ("cursor", np.where(ring, f["cursor"] < size, f["cursor"] == 0)),
+        ("n_excess", (n_excess <= n) & np.where(ring, (n_excess >= held) & (held == above), n_excess == above)),
+        ("due", (f["due"] > 0) & (f["due"] <= _NEVER)),
+        ("mark", (f["mark"] >= 0) & (f["mark"] <= n)),
+        ("t", np.where(fresh, t == np.inf, finite(t))),
+        ("z", np.where(fresh, z == np.inf, finite(z) & (z >= t))),
+        ("shape", (f["shape"] >= SHAPE_MIN) & (f["shape"] <= SHAPE_MAX)),
+        ("scale", finite(f["scale"]) & (f["scale"] >= 0)),
+        ("mass", (f["mass"] > 0) & (f["mass"] <= 1)),
+        ("low", np.where(n == 0, f["low"] == np.inf, finite(f["low"]))),
+        ("peaks", np.where(used, finite(peaks), peaks == -np.inf).all(axis=-1)),
+        ("ceilings", np.where(used, ceilings >= peaks, ceilings == np.inf).all(axis=-1)),
+    )
+    for name, good in checks:
+        if not good.all():
+            row = int(np.flatnonzero(~good)[0])
+            raise StateError(
+                f"threshold state {row} of {len(packed)} is damaged: {name}={f[name][row]!r} does not fit the rest; "
+                "drop it and rebuild from the log"
+            )
