@@ -1,0 +1,101 @@
+"""Columns: what a batch of points is, once decoded. Everything behind the decoder works on these arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+BoolArray = npt.NDArray[np.bool_]
+Int8Array = npt.NDArray[np.uint8]
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+
+NAME_BYTES_MAX = 512
+
+
+class SeriesIndex(dict[str, int]):
+    """Series name -> slot, the row that the series has in every array of a detector.
+
+    Looking a new name up gives it the next slot. A name that cannot be a series name gives -1 and is
+    not kept, so that junk cannot fill the memory.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        for name in names:
+            self[name]
+
+    def __missing__(self, name: str) -> int:
+        if name_problem(name) is not None:
+            return -1
+        slot = len(self.names)
+        self[name] = slot
+        self.names.append(name)
+        return slot
+
+
+def name_problem(name: object) -> str | None:
+    """Say why something cannot be a series name, or None when it can.
+
+    Control characters are refused because the store keeps its own fields under names that hold one.
+    """
+    if not isinstance(name, str):
+        return "no series name: the record needs `kpi` (a string)"
+    if not name or name.isspace():
+        return "the series name is empty"
+    if not name.isprintable():
+        return f"the series name {name[:40]!r} holds a control character"
+    if len(name.encode("utf-8", "surrogatepass")) > NAME_BYTES_MAX:
+        return f"the series name {name[:40]!r}… is longer than {NAME_BYTES_MAX} bytes"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """N points in the order of their arrival.
+
+    Attributes:
+        slot: the series of each point, (N,) int32.
+        timestamp_ms: event time, ms since 1970 UTC, (N,) int64.
+        value: (N,) float64; NaN says that the value is missing.
+        row: the record of the batch that the point came in, (N,) int64, never falling.
+    """
+
+    slot: Int32Array
+    timestamp_ms: Int64Array
+    value: Float64Array
+    row: Int64Array
+
+    def __len__(self) -> int:
+        return len(self.slot)
+
+    def take(self, which: npt.NDArray[np.integer] | BoolArray) -> Self:
+        """Return the points that `which` (indices or a mask) names, in its order."""
+        return type(self)(*(getattr(self, f.name)[which] for f in fields(self)))
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Columns]) -> Self:
+        """Return the points of all parts, one part after the other."""
+        parts = list(parts)
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Return no points."""
+        return cls.of([], [], [], [])
+
+    @classmethod
+    def of(
+        cls, slot: npt.ArrayLike, timestamp_ms: npt.ArrayLike, value: npt.ArrayLike, row: npt.ArrayLike | None = None
+    ) -> Self:
+        """Return columns from anything array-like; `row` counts from 0 where it is not given."""
+        slots = np.asarray(slot, np.int32)
+        rows = np.arange(len(slots), dtype=np.int64) if row is None else np.asarray(row, np.int64)
+        return cls(slots, np.asarray(timestamp_ms, np.int64), np.asarray(value, np.float64), rows)

@@ -1,0 +1,123 @@
+"""Anomaly events as they are published: CloudEvents 1.0, JSON format, the same bytes for the same points.
+
+An incident's id is derived from its series, its opening time and the model, and an event's id from the incident's, so
+that a replay, a back-test and a restarted service give the same ids and a consumer can drop what it has seen. Computed
+numbers are rounded to six significant digits: float32 carries no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from typing import Literal
+
+import msgspec
+
+SeverityName = Literal["warning", "major", "critical"]
+SEVERITIES: tuple[SeverityName, ...] = ("warning", "major", "critical")  # rising; index 0 is Severity.WARNING
+
+TYPE_OPENED = "tocsin.anomaly.opened"
+TYPE_UPDATED = "tocsin.anomaly.updated"
+TYPE_RESOLVED = "tocsin.anomaly.resolved"
+
+CONTENT_TYPE = "application/cloudevents+json; charset=UTF-8"
+
+
+class WindowInfo(msgspec.Struct, frozen=True):
+    """How much the model had to go by."""
+
+    cells: int
+    completed: int  # cells of it that were missing or flagged, and completed by the model
+
+
+class Peak(msgspec.Struct, frozen=True):
+    """The point of an incident that lay furthest beyond its threshold."""
+
+    time: str
+    value: float
+    ratio: float
+
+
+class EventData(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What an anomaly event says.
+
+    Attributes:
+        kpi: the series.
+        incident: id shared by all events of one incident.
+        severity: the gravest so far.
+        value: the point that caused the event, `expected`, `lower` and `upper` what the model expected of it.
+        score: how far the point is from what was expected; `threshold` the score above which a point is anomalous,
+            `ratio` score / threshold, `probability` how probable so high a score is at a normal point.
+        anomalies: anomalous points of the incident so far.
+        opened: event time of the first one.
+        reason: why it was resolved: "recovered" (normal again) or "accepted" (it has lasted so long that it is
+            taken for the new normal).
+    """
+
+    kpi: str
+    incident: str
+    severity: SeverityName
+    model: str
+    opened: str
+    anomalies: int
+    value: float
+    expected: float
+    lower: float
+    upper: float
+    score: float
+    threshold: float
+    ratio: float
+    probability: float
+    window: WindowInfo
+    reason: str = ""
+    duration_s: float = 0.0
+    peak: Peak | None = None
+
+
+class Event(msgspec.Struct, frozen=True):
+    """A CloudEvent; `time` is the event time of the point that caused it, never the time of the machine."""
+
+    specversion: str
+    id: str
+    source: str
+    type: str
+    subject: str
+    time: str
+    datacontenttype: str
+    partitionkey: str
+    data: EventData
+
+
+encode = msgspec.json.Encoder().encode
+decode = msgspec.json.Decoder(Event).decode
+
+
+def make_event(event_type: str, event_id: str, timestamp_ms: int, data: EventData, *, source: str = "tocsin") -> Event:
+    """Wrap the data of an event into its envelope."""
+    return Event(
+        specversion="1.0",
+        id=event_id,
+        source=source,
+        type=event_type,
+        subject=data.kpi,
+        time=iso_time(timestamp_ms),
+        datacontenttype="application/json",
+        partitionkey=data.kpi,
+        data=data,
+    )
+
+
+def incident_id(series: str, opened_ms: int, model: str) -> str:
+    """Return the id of the incident that opened in a series at a time under a model: 16 hexadecimal digits."""
+    return hashlib.blake2b(f"{series}\0{opened_ms}\0{model}".encode(), digest_size=8).hexdigest()
+
+
+def iso_time(timestamp_ms: int) -> str:
+    """Return RFC 3339 in UTC, with milliseconds only where there are any."""
+    moment = datetime.fromtimestamp(timestamp_ms / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds" if timestamp_ms % 1000 else "seconds").replace("+00:00", "Z")
+
+
+def significant(x: float, digits: int = 6) -> float:
+    """Round to so many significant digits."""
+    return float(f"{x:.{digits}g}")

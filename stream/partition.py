@@ -1,0 +1,231 @@
+"""One input partition: its detector, its transactions, its state in the store.
+
+The order that makes the output exactly-once, whatever is killed when:
+1. `accept` takes records in; memory runs ahead of everything.
+2. `_settle` commits events, rejects and the offset behind them in one Kafka transaction.
+3. `_flush` writes the state as of an offset to the store, once that offset is settled, never before.
+4. `start`, after a crash or a move, restores the state, seeks to its offset, and goes through the records up to the
+   committed offset with outputs muted: they were published before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, OffsetAndMetadata, TopicPartition
+from aiokafka.errors import KafkaError
+
+from stream import events, records, snapshot
+from stream.columns import BoolArray
+from stream.detector import Detector
+from stream.errors import BrokerError, StoreError
+from stream.events import Event
+from stream.kafka import REJECT_BYTES_MAX, transactional_producer
+from stream.records import Reject
+from stream.settings import Settings
+from stream.store import Store
+
+log = logging.getLogger(__name__)
+
+_IDLE_COMMIT_S = 1.0  # offsets without outputs are committed this often
+
+
+@dataclass(slots=True)
+class _Pending:
+    """What has been computed and not settled."""
+
+    events: list[Event] = field(default_factory=list)
+    rejects: list[tuple[Reject, ConsumerRecord]] = field(default_factory=list)
+
+
+class Partition:
+    """A partition that this worker owns, from `start` to `stop`."""
+
+    def __init__(
+        self, at: TopicPartition, settings: Settings, make_detector: Callable[[], Detector], store: Store
+    ) -> None:
+        self.at = at
+        self.settings = settings
+        self.detector = make_detector()
+        self.store = store
+        self.position = 0  # the next offset to be taken in
+        self.muted_until = 0  # what came of records before this offset is already published
+        self.settled = 0  # the committed offset
+        self.flushed = -1  # the offset that the store's state belongs to
+        self.published = 0
+        self.rejected = 0
+        self._producer: AIOKafkaProducer | None = None
+        self._pending = _Pending()
+        self._dirty: BoolArray = np.zeros(0, np.bool_)
+        self._work = asyncio.Event()
+        self._settlement = asyncio.Condition()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    @property
+    def unsettled(self) -> int:
+        """Records taken in and not settled yet."""
+        return max(self.position - max(self.settled, self.muted_until), 0)
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self, consumer: AIOKafkaConsumer) -> None:
+        """Fence a former owner, restore the state and seek to where it belongs."""
+        # The producer first: its start ends a transaction that a killed owner left open, so that the committed offset
+        # read after it is final.
+        self._producer = transactional_producer(self.settings.kafka, self.at)
+        await self._producer.start()
+        committed = await consumer.committed(self.at)
+        state = await self.store.load(self.settings.kafka.group, self.at.topic, self.at.partition)
+        begin = (await consumer.beginning_offsets([self.at]))[self.at]
+        wanted = begin
+        if state is not None:
+            restored = snapshot.unpack(self.detector, state.blobs)
+            for problem in restored.refused:
+                log.error("%s: %s; the series starts anew", self.at, problem)
+            if restored.recalibrating:
+                log.warning("%s: %d series calibrate anew: other model", self.at, restored.recalibrating)
+            wanted = self.flushed = state.offset
+            log.info("%s: restored %d series as of offset %d", self.at, restored.series, state.offset)
+        elif committed:
+            log.warning("%s: no state in the store; rebuilding it from offset %d on, muted", self.at, begin)
+        self.muted_until = self.settled = committed or 0
+        self.position = max(wanted, begin)
+        if self.position > wanted:
+            log.warning("%s: the log begins at %d, the state ends at %d: points are missing", self.at, begin, wanted)
+        consumer.seek(self.at, self.position)
+        self._tasks = [
+            asyncio.create_task(self._settle_loop(), name=f"settle {self.at}"),
+            asyncio.create_task(self._flush_loop(), name=f"flush {self.at}"),
+        ]
+
+    async def stop(self) -> None:
+        """Settle and flush what has been taken in, then let go."""
+        self._stopping = True
+        self._work.set()
+        settle, flush = self._tasks
+        try:
+            await settle
+            flush.cancel()
+            await asyncio.gather(flush, return_exceptions=True)
+            await self._flush()
+        except (KafkaError, BrokerError, StoreError) as e:
+            log.error("%s: not everything was settled (%s); the next owner repeats it", self.at, e)
+        finally:
+            flush.cancel()
+            if self._producer is not None:
+                await self._producer.stop()
+
+    def failure(self) -> BaseException | None:
+        """Return why a background task of this partition has ended, or None while all is well."""
+        for task in self._tasks:
+            if task.done() and not task.cancelled() and (problem := task.exception()) is not None:
+                return problem
+        return None
+
+    # -- points in ------------------------------------------------------------------------------------------------
+
+    def accept(self, batch: Sequence[ConsumerRecord]) -> None:
+        """Take a batch in; what comes of it waits for the next transaction."""
+        columns, rejects = records.decode(
+            [record.value for record in batch],
+            self.detector.index,
+            arrival_ms=[record.timestamp for record in batch],
+            future_limit_ms=round(self.settings.future_limit_s * 1000),
+        )
+        result = self.detector.accept(columns)
+        if len(self._dirty) < self.detector.capacity:
+            self._dirty = np.concatenate([self._dirty, np.zeros(self.detector.capacity - len(self._dirty), np.bool_)])
+        self._dirty[columns.slot] = True
+        self.position = batch[-1].offset + 1
+        for event, row in zip(result.events, result.event_rows, strict=True):
+            if batch[row].offset >= self.muted_until:
+                self._pending.events.append(event)
+        for reject in rejects + result.rejects:
+            if batch[reject.row].offset >= self.muted_until:
+                self._pending.rejects.append((reject, batch[reject.row]))
+        self._work.set()
+
+    # -- outputs --------------------------------------------------------------------------------------------------
+
+    async def _settle_loop(self) -> None:
+        """Commit one transaction at a time, some time apart, while the next batches are computed."""
+        while not (self._stopping and self.position <= self.settled):
+            with contextlib.suppress(TimeoutError):  # offsets alone may wait a little
+                await asyncio.wait_for(self._work.wait(), _IDLE_COMMIT_S)
+            if self.position > self.settled:
+                await self._settle()
+                await asyncio.sleep(self.settings.kafka.settle_interval_ms / 1000)
+
+    async def _settle(self) -> None:
+        """Commit all that is pending, and the offset behind it, in one transaction."""
+        assert self._producer is not None
+        kafka = self.settings.kafka
+        position, pending = self.position, self._pending
+        self._pending = _Pending()
+        self._work.clear()
+        async with self._producer.transaction():
+            for event in pending.events:
+                key = event.subject.encode()
+                headers = [("content-type", events.CONTENT_TYPE.encode())]
+                await self._producer.send(kafka.anomalies_topic, events.encode(event), key=key, headers=headers)
+            for reject, record in pending.rejects:
+                await self._producer.send(
+                    kafka.rejects_topic,
+                    (record.value or b"")[:REJECT_BYTES_MAX],
+                    key=record.key,
+                    headers=_reject_headers(reject, record),
+                )
+            await self._producer.send_offsets_to_transaction({self.at: OffsetAndMetadata(position, "")}, kafka.group)
+        self.published += len(pending.events)
+        self.rejected += len(pending.rejects)
+        async with self._settlement:
+            self.settled = position
+            self._settlement.notify_all()
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    async def _flush_loop(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.redis.flush_interval_s)
+            try:
+                await self._flush()
+            except StoreError as e:
+                # The store is a cache of the log: behind, it costs a longer muted stretch after a restart, no event.
+                log.error("%s: state not written (%s); trying again", self.at, e)
+
+    async def _flush(self) -> None:
+        """Write the series that changed since the last flush, and the offset that they belong to, in one step."""
+        offset, slots = self.position, np.flatnonzero(self._dirty).astype(np.int32)
+        if offset == self.flushed:
+            return
+        blobs = snapshot.pack(self.detector, slots)
+        self._dirty[:] = False
+        try:
+            async with self._settlement:  # state must not run ahead of what is published
+                await self._settlement.wait_for(lambda: self.settled >= offset)
+            kafka = self.settings.kafka
+            await self.store.save(kafka.group, self.at.topic, self.at.partition, offset, blobs)
+            self.flushed = offset
+        except BaseException:
+            self._dirty[slots] = True
+            raise
+
+
+def _reject_headers(reject: Reject, record: ConsumerRecord) -> list[tuple[str, bytes]]:
+    """Say why a record was refused and where it stands, so that it can be found, mended and sent again."""
+    headers = {
+        "tocsin-reason": reject.reason,
+        "tocsin-detail": reject.detail[:1000],
+        "tocsin-topic": record.topic,
+        "tocsin-partition": str(record.partition),
+        "tocsin-offset": str(record.offset),
+    }
+    if record.value is not None and len(record.value) > REJECT_BYTES_MAX:
+        headers["tocsin-truncated-from"] = str(len(record.value))
+    return [(name, value.encode("utf-8", "replace")) for name, value in headers.items()]

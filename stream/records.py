@@ -1,0 +1,208 @@
+"""Point records on the wire: JSON bytes -> columns; what cannot be read becomes a `Reject`, never an exception.
+
+A point is ``{"kpi": "checkout.latency_p99", "timestamp": 1469376000, "value": 0.84}``: the timestamp in seconds or
+milliseconds since 1970 or as ISO 8601 (no zone means UTC), the value a number or null (missing). An entity,
+``{"entity": "machine-1-6", "timestamp": …, "values": {"cpu": 0.3, …}}``, is watched metric by metric, as the series
+``machine-1-6.cpu`` and so on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from stream.columns import Columns, Int64Array, SeriesIndex, name_problem
+from stream.errors import RecordError
+
+VALUE_MAX = 1e30  # squares and window sums of larger values leave the range of float32
+SECONDS_BELOW = 100_000_000_000  # a smaller number is in seconds: as ms it would lie before March 1973
+TIMESTAMP_MAX_MS = 7_258_118_400_000  # 2200-01-01: beyond it the unit is wrong (µs, ns), not the clock
+RECORD_BYTES_MAX = 65_536
+
+Reason = Literal["empty", "too_large", "not_utf8", "not_json", "wrong_type", "bad_name", "bad_timestamp", "bad_value",
+                 "in_the_future", "too_late"]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A record that was not used: its row in the batch, a reason to count by, and a sentence for a person."""
+
+    row: int
+    reason: Reason
+    detail: str
+
+
+class Point(msgspec.Struct, gc=False):
+    """One record of the points topic; UNSET tells an absent field from a null."""
+
+    timestamp: int | float | str
+    kpi: str | None = None
+    value: float | None | msgspec.UnsetType = msgspec.UNSET
+    entity: str | None = None
+    values: dict[str, float | None] | None = None
+
+
+_decode = msgspec.json.Decoder(Point).decode
+
+
+def decode(
+    raw: Sequence[bytes | None],
+    index: SeriesIndex,
+    *,
+    arrival_ms: Sequence[int] | None = None,
+    future_limit_ms: int = 600_000,
+) -> tuple[Columns, list[Reject]]:
+    """Return the points of a batch of records as columns, and the records that hold none.
+
+    Args:
+        raw: the records' values.
+        index: gives each series its slot; grows with new names.
+        arrival_ms: when the broker received each record. A point that lies further than `future_limit_ms` ahead of
+            it is refused. It is the record's own time and not this machine's clock, so that reading the log a second
+            time decides the same. None (a file) asks for no such check.
+        future_limit_ms: see `arrival_ms`.
+    """
+    rejects: list[Reject] = []
+    rows: list[int] | range = range(len(raw))
+    try:
+        points = [_decode(value) for value in raw]  # type: ignore[arg-type]  # a None raises, as it should
+        oversize = max(map(len, raw), default=0) > RECORD_BYTES_MAX  # type: ignore[arg-type]
+    except (msgspec.MsgspecError, TypeError, UnicodeDecodeError, RecursionError):
+        oversize = True
+    if oversize:  # at least one bad record: read one by one, so that each gets its own reason
+        points, rows = [], []
+        for row, value in enumerate(raw):
+            try:
+                points.append(_decode_one(value))
+                rows.append(row)
+            except _Refusal as refusal:
+                rejects.append(Reject(row, refusal.reason, str(refusal)))
+    columns = _columns(points, rows, index, rejects)
+    if arrival_ms is not None and len(columns):
+        columns = _refuse_future(columns, np.asarray(arrival_ms, np.int64), future_limit_ms, rejects)
+    rejects.sort(key=lambda reject: reject.row)
+    return columns, rejects
+
+
+class _Refusal(RecordError):
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason: Reason = reason
+
+
+def _decode_one(value: bytes | None) -> Point:
+    if not value:
+        raise _Refusal("empty", "the record has no value (a tombstone?)")
+    if len(value) > RECORD_BYTES_MAX:
+        raise _Refusal("too_large", f"the record has {len(value)} bytes, the limit is {RECORD_BYTES_MAX}")
+    try:
+        return _decode(value)
+    except msgspec.ValidationError as e:
+        raise _Refusal("wrong_type", str(e)) from None
+    except (msgspec.DecodeError, RecursionError) as e:
+        return _decode_lenient(value, str(e))
+
+
+def _decode_lenient(value: bytes, problem: str) -> Point:
+    """Read what Python's json writes and JSON forbids, NaN and Infinity: many exporters send a NaN for "missing"."""
+    try:
+        text = value.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise _Refusal("not_utf8", f"the record is not UTF-8: {e.reason} at byte {e.start}") from None
+    try:
+        loose = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _Refusal("not_json", f"the record is not JSON: {problem}") from None
+    try:
+        return msgspec.convert(loose, Point)
+    except msgspec.ValidationError as e:
+        raise _Refusal("wrong_type", str(e)) from None
+
+
+def _columns(points: list[Point], rows: list[int] | range, index: SeriesIndex, rejects: list[Reject]) -> Columns:
+    slots = np.array([index[p.kpi] for p in points], np.int32)  # type: ignore[index]  # None -> -1
+    try:
+        stamps = [p.timestamp for p in points]
+        if set(map(type, stamps)) - {int}:  # np.array would cut a float off in silence
+            raise TypeError
+        timestamps = np.array(stamps, np.int64)
+        values = np.array([p.value for p in points], np.float64)  # None -> NaN, UNSET raises
+    except (TypeError, OverflowError, ValueError):
+        return _columns_one_by_one(points, rows, index, rejects)
+    timestamps = np.where(np.abs(timestamps) < SECONDS_BELOW, timestamps * 1000, timestamps)
+    bad = (slots < 0) | (timestamps < 0) | (timestamps > TIMESTAMP_MAX_MS) | (np.abs(values) > VALUE_MAX)
+    if bad.any():
+        return _columns_one_by_one(points, rows, index, rejects)
+    return Columns(slots, timestamps, values, np.arange(len(points)) if isinstance(rows, range) else np.array(rows))
+
+
+def _columns_one_by_one(
+    points: list[Point], rows: list[int] | range, index: SeriesIndex, rejects: list[Reject]
+) -> Columns:
+    """Do what the column path does for a batch that holds something unusual: entities, ISO times, bad points."""
+    good: list[tuple[int, int, float, int]] = []
+    for point, row in zip(points, rows, strict=True):
+        try:
+            timestamp = _timestamp_ms(point.timestamp)
+            for name, value in _named_values(point):
+                if problem := name_problem(name):
+                    raise _Refusal("bad_name", problem)
+                if value is not None and abs(value) > VALUE_MAX:
+                    raise _Refusal("bad_value", f"the value {value} is beyond ±{VALUE_MAX:g}")
+                good.append((index[name], timestamp, math.nan if value is None else value, row))
+        except _Refusal as refusal:
+            rejects.append(Reject(row, refusal.reason, str(refusal)))
+            while good and good[-1][3] == row:  # an entity is taken whole or not at all
+                good.pop()
+    slot, timestamp_ms, value_, row_ = zip(*good, strict=True) if good else ((), (), (), ())
+    return Columns.of(slot, timestamp_ms, value_, row_)
+
+
+def _named_values(point: Point) -> list[tuple[str, float | None]]:
+    if point.entity is not None:
+        if not point.values:
+            raise _Refusal("wrong_type", "an entity record needs `values` (metric -> number)")
+        if problem := name_problem(point.entity):
+            raise _Refusal("bad_name", problem)
+        return [(f"{point.entity}.{metric}", value) for metric, value in point.values.items()]
+    if point.value is msgspec.UNSET:
+        raise _Refusal("wrong_type", "Object missing required field `value` (null says that it is missing)")
+    return [(point.kpi, point.value)]  # type: ignore[list-item]  # a None is refused as a name
+
+
+def _timestamp_ms(timestamp: int | float | str) -> int:
+    if isinstance(timestamp, str):
+        try:
+            moment = datetime.fromisoformat(timestamp.strip())
+            ms = round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+        except (ValueError, OverflowError):
+            raise _Refusal("bad_timestamp", f"the timestamp {timestamp[:40]!r} is not ISO 8601") from None
+    elif not math.isfinite(timestamp):
+        raise _Refusal("bad_timestamp", f"the timestamp is {timestamp}")
+    else:
+        ms = round(timestamp * 1000 if abs(timestamp) < SECONDS_BELOW else timestamp)
+    if ms < 0:
+        raise _Refusal("bad_timestamp", f"the timestamp {timestamp} lies before 1970")
+    if ms > TIMESTAMP_MAX_MS:
+        raise _Refusal("bad_timestamp", f"the timestamp {timestamp} lies beyond the year 2200 (seconds or ms expected)")
+    return ms
+
+
+def _refuse_future(
+    columns: Columns, arrival_ms: Int64Array, future_limit_ms: int, rejects: list[Reject]
+) -> Columns:
+    ahead = columns.timestamp_ms - arrival_ms[columns.row] > future_limit_ms
+    if not ahead.any():
+        return columns
+    for row in np.unique(columns.row[ahead]).tolist():
+        ahead_ms = int((columns.timestamp_ms[columns.row == row] - arrival_ms[row]).max())
+        detail = f"the timestamp lies {ahead_ms / 1000:g} s ahead of its arrival, the limit is {future_limit_ms / 1000:g} s"
+        rejects.append(Reject(row, "in_the_future", detail))
+    return columns.take(~np.isin(columns.row, columns.row[ahead]))

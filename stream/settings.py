@@ -1,0 +1,144 @@
+"""Settings: `TOCSIN_…` environment variables, `__` between a section and its field. Unknown names are refused.
+
+Settings are read once, at start, and passed down as values; the core never imports this module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from models.pot import PotConfig
+from stream.detector import DetectorConfig
+from stream.errors import ConfigError
+from stream.incidents import IncidentPolicy
+
+PREFIX = "TOCSIN_"
+RESERVED = "TOCSIN_TEST_"  # the tests' own variables
+
+
+class Section(BaseModel):
+    """A group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class KafkaSettings(Section):
+    """The broker."""
+
+    bootstrap_servers: str = Field("", description="Kafka brokers, host:port,…; empty: those of a running `tocsin up`.")
+    group: str = Field("tocsin", min_length=1, description="Consumer group; also the prefix of the transactional ids.")
+    instance: str = Field("", description="Static group member id of this worker; empty: a dynamic member.")
+    points_topic: str = Field("kpi.points", min_length=1, description="Topic that points are read from.")
+    anomalies_topic: str = Field("kpi.anomalies", min_length=1, description="Topic that events are published to.")
+    rejects_topic: str = Field("kpi.rejects", min_length=1, description="Topic for records that cannot be read.")
+    partitions: int = Field(6, ge=1, description="Partitions of a topic that does not exist yet and is created.")
+    replication: int = Field(-1, ge=-1, description="Replication of a created topic; -1: the broker's default.")
+    connect_timeout_s: float = Field(30.0, gt=0, description="How long to try to reach the broker at start, seconds.")
+    max_poll_records: int = Field(20_000, ge=1, description="Points in one batch, at most.")
+    settle_interval_ms: int = Field(50, ge=0, description="Least time between two transactions of a partition, ms.")
+    unsettled_max: int = Field(100_000, ge=1, description="Points of a partition read but not settled; then it pauses.")
+
+
+class RedisSettings(Section):
+    """The state store."""
+
+    url: SecretStr = Field(SecretStr(""), description="Redis URL, redis://host:port/db; empty: that of `tocsin up`.")
+    prefix: str = Field("tocsin", min_length=1, description="Prefix of every key.")
+    connect_timeout_s: float = Field(30.0, gt=0, description="How long to try to reach the store at start, seconds.")
+    flush_interval_s: float = Field(1.0, gt=0, description="Time between two writes of changed series, seconds.")
+
+
+class PotSettings(Section):
+    """The threshold."""
+
+    q: float = Field(PotConfig.q, gt=0, lt=1, description="Risk: share of normal points that may be flagged.")
+    level: float = Field(PotConfig.level, gt=0, lt=1, description="Quantile of the scores above which the tail begins.")
+    min_scores: int = Field(PotConfig.min_scores, ge=1, description="Scores a new series must show before it is judged.")
+
+    @model_validator(mode="after")
+    def _risk_lies_in_the_tail(self) -> Self:
+        if self.q >= 1 - self.level:
+            raise ValueError(f"q={self.q} must be below 1 - level = {1 - self.level:.3g}")
+        return self
+
+
+class Settings(BaseSettings):
+    """All settings of a service."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", nested_model_default_partial_update=True
+    )
+
+    kafka: KafkaSettings = KafkaSettings()
+    redis: RedisSettings = RedisSettings()
+    pot: PotSettings = PotSettings()
+    checkpoint: str = Field("deepant", description="Checkpoint that scores, NAME or NAME@VERSION.")
+    checkpoints: Path = Field(Path("checkpoints"), description="Model repository; the bundled one is searched after it.")
+    interval_s: float = Field(0.0, ge=0, description="Grid step of every KPI, seconds; 0: inferred for each.")
+    warmup_h: float = Field(24.0, ge=0, description="Event time a new series is watched before it is judged, hours.")
+    min_observed: float = Field(0.2, ge=0, le=1, description="Share of a window that must have arrived to be scored.")
+    recover_after: int = Field(3, ge=1, description="Normal points in a row that resolve an incident.")
+    accept_after_h: float = Field(12.0, gt=0, description="An incident this long is taken for the new normal, hours.")
+    future_limit_s: float = Field(600.0, gt=0, description="How far ahead of its arrival a point may lie, seconds.")
+    source: str = Field("tocsin", min_length=1, description="CloudEvents source of the events.")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Logs on stderr from this level.")
+
+    def detector(self) -> DetectorConfig:
+        """Return the part that the core needs."""
+        return DetectorConfig(
+            interval_ms=round(self.interval_s * 1000),
+            pot=PotConfig(q=self.pot.q, level=self.pot.level, min_scores=self.pot.min_scores),
+            incidents=IncidentPolicy(self.recover_after, round(self.accept_after_h * 3_600_000)),
+            warmup_ms=round(self.warmup_h * 3_600_000),
+            min_observed=self.min_observed,
+            source=self.source,
+        )
+
+
+def known_names(model: type[BaseModel] = Settings, prefix: str = PREFIX) -> Iterator[tuple[str, str, object]]:
+    """Yield (environment variable, description, default) of every setting."""
+    for name, info in model.model_fields.items():
+        variable = f"{prefix}{name.upper()}"
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from known_names(info.annotation, f"{variable}__")
+        else:
+            default = info.default
+            yield variable, info.description or "", default.get_secret_value() if isinstance(default, SecretStr) else default
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings from the environment.
+
+    Raises:
+        ConfigError: a name that no setting has (with the nearest one that exists), or a value out of its bounds.
+    """
+    environ = os.environ if environ is None else environ
+    names = [name for name, _, _ in known_names()]
+    for variable in sorted(environ):
+        upper = variable.upper()
+        if upper.startswith(PREFIX) and not upper.startswith(RESERVED) and upper not in names:
+            near = difflib.get_close_matches(upper, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`tocsin check --settings` lists them"
+            raise ConfigError(f"{variable}: there is no such setting; {hint}")
+    try:
+        return Settings()
+    except ValidationError as e:
+        raise ConfigError(_explain(e)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors():
+        name = PREFIX + "__".join(str(part).upper() for part in item["loc"])
+        value = "" if item["type"] == "missing" or isinstance(item["input"], dict) else f"={str(item['input'])[:60]!r}"
+        if name.endswith("REDIS__URL"):
+            value = ""  # it may hold a password
+        problems.append(f"{name}{value}: {item['msg'].removeprefix('Value error, ')}")
+    return "; ".join(problems)

@@ -1,0 +1,119 @@
+"""The rolling windows of many series: rings indexed by the position on the grid, one row a series.
+
+Two rings are kept. `seen` is what the model sees: the value as it arrived, or, where it is missing or was flagged as an
+anomaly, the completed one. `actual` is what arrived, NaN where nothing did. So a flagged value is not learned, and
+still there when a lasting shift is accepted as the new normal.
+
+Values are stored as float32 differences from the series' first value (`origin`): a KPI of 3e9 ± 1e6 keeps its digits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stream.columns import BoolArray, Float64Array, Int32Array, Int64Array
+
+
+class Windows:
+    """Rings of W cells and F features for S series, structure of arrays.
+
+    Attributes:
+        newest: cell of the newest value, (S,) int64.
+        filled: cells since the window began, at most W; 0 is a series without a value, (S,) int32.
+        origin: what the stored values are relative to, (S, F) float64.
+        seen: (S, W, F) float32, relative to `origin`.
+        actual: (S, W, F) float32, relative to `origin`, NaN where nothing arrived.
+        learned: the cell holds the value that arrived, neither completed nor flagged, (S, W) bool.
+    """
+
+    ARRAYS = ("newest", "filled", "origin", "seen", "actual", "learned")
+
+    def __init__(self, window: int, features: int, capacity: int = 0) -> None:
+        self.window = window
+        self.features = features
+        self.newest: Int64Array = np.zeros(0, np.int64)
+        self.filled: Int32Array = np.zeros(0, np.int32)
+        self.origin: Float64Array = np.zeros((0, features))
+        self.seen = np.zeros((0, window, features), np.float32)
+        self.actual = np.zeros((0, window, features), np.float32)
+        self.learned: BoolArray = np.zeros((0, window), np.bool_)
+        # Row r is the order in which a ring whose oldest cell stands at position r is read.
+        self._turn = (np.arange(window)[:, None] + np.arange(window)) % window
+        self.resize(capacity)
+
+    def resize(self, capacity: int) -> None:
+        """Give room to `capacity` series; those that are there keep their rows."""
+        for name in self.ARRAYS:
+            old = getattr(self, name)
+            new = np.zeros((capacity, *old.shape[1:]), old.dtype)
+            new[: len(old)] = old
+            setattr(self, name, new)
+
+    def begin(self, slot: Int32Array, value: Float64Array) -> None:
+        """Start the windows of these series anew, relative to their first value (K, F)."""
+        self.filled[slot] = 0
+        self.origin[slot] = value
+
+    def history(self, slot: Int32Array, cell: Int64Array) -> tuple[Float64Array, BoolArray]:
+        """Return the W cells before `cell` as the model sees them, oldest first.
+
+        Args:
+            slot: series, (K,).
+            cell: the cell after the newest one of each series, (K,).
+
+        Returns:
+            values (K, W, F) float64 in raw units and learned (K, W) bool.
+        """
+        at = slot[:, None].astype(np.intp) * self.window + self._turn[cell % self.window]  # (K, W), flat ring positions
+        relative = self.seen.reshape(-1, self.features)[at]  # (K, W, F) float32
+        return relative + self.origin[slot][:, None, :], self.learned.reshape(-1)[at]
+
+    def append(
+        self, slot: Int32Array, cell: Int64Array, seen: Float64Array, actual: Float64Array, learned: BoolArray
+    ) -> None:
+        """Put a value into the next cell of each series.
+
+        Args:
+            slot: series, (K,), each once.
+            cell: `newest` + 1, or any cell for a window that begins.
+            seen: what the model will see, (K, F); NaN repeats the newest cell (a window that is not full yet has no
+                forecast to complete it with).
+            actual: what arrived, (K, F), NaN for nothing.
+            learned: whether `seen` is what arrived, (K,).
+        """
+        position = cell % self.window
+        origin = self.origin[slot]
+        relative = (seen - origin).astype(np.float32)
+        unknown = np.isnan(relative)
+        if unknown.any():
+            relative = np.where(unknown, self.seen[slot, (cell - 1) % self.window], relative)
+        self.seen[slot, position] = relative
+        self.actual[slot, position] = actual - origin
+        self.learned[slot, position] = learned
+        self.newest[slot] = cell
+        self.filled[slot] = np.minimum(self.filled[slot] + 1, self.window)
+
+    def overwrite(self, slot: Int32Array, cell: Int64Array, value: Float64Array) -> BoolArray:
+        """Fill cells that are already in the window with values that come late or twice; the later one wins.
+
+        A cell that was flagged keeps what the model sees; only what arrived is replaced.
+
+        Returns:
+            (K,) bool: False where the cell is older than the window, and nothing was written.
+        """
+        inside = self.newest[slot] - cell < self.filled[slot]
+        slot, cell, value = slot[inside], cell[inside], value[inside]
+        position = cell % self.window
+        relative = (value - self.origin[slot]).astype(np.float32)
+        flagged = ~self.learned[slot, position] & ~np.isnan(self.actual[slot, position]).any(axis=1)
+        self.actual[slot, position] = relative
+        learn = ~flagged
+        self.seen[slot[learn], position[learn]] = relative[learn]
+        self.learned[slot[learn], position[learn]] = True
+        return inside
+
+    def accept_actual(self, slot: Int32Array) -> None:
+        """Make what arrived what the model sees: the values flagged so far are the new normal."""
+        arrived = ~np.isnan(self.actual[slot])  # (K, W, F)
+        self.seen[slot] = np.where(arrived, self.actual[slot], self.seen[slot])
+        self.learned[slot] |= arrived.all(axis=2)

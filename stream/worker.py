@@ -1,0 +1,117 @@
+"""The live worker: polls the points topic and drives one `Partition` for each partition it is assigned."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from stream.detector import Counts, Detector
+from stream.errors import BrokerError
+from stream.kafka import Rebalance, points_consumer
+from stream.partition import Partition
+from stream.settings import Settings
+from stream.store import Store
+from stream.topics import ensure_topics
+
+log = logging.getLogger(__name__)
+
+_POLL_MS = 200
+
+
+class Worker:
+    """Consumes points, publishes events; `run` returns after `stop` was called, everything settled and flushed."""
+
+    def __init__(self, settings: Settings, make_detector: Callable[[], Detector], store: Store) -> None:
+        self.settings = settings
+        self.make_detector = make_detector
+        self.store = store
+        self.partitions: dict[TopicPartition, Partition] = {}
+        self.assigned = asyncio.Event()  # set once the first assignment is complete
+        self._stop = asyncio.Event()
+        # Held while records are fetched and taken in, and while partitions come and go: no record that was fetched
+        # before a seek may be taken in after it.
+        self._turn = asyncio.Lock()
+        self._gone = Counts()
+
+    def stop(self) -> None:
+        """Ask `run` to finish the batch in hand and return."""
+        self._stop.set()
+
+    def counts(self) -> Counts:
+        """Return what has been done so far, in all partitions."""
+        total = Counts()
+        total.add(self._gone)
+        for partition in self.partitions.values():
+            total.add(partition.detector.counts)
+        return total
+
+    async def run(self) -> None:
+        """Work until `stop` is called.
+
+        Raises:
+            StoreError: the store cannot be reached within its time.
+            BrokerError: the broker cannot be reached, or a partition's transactions failed for good.
+        """
+        kafka = self.settings.kafka
+        await self.store.connect(self.settings.redis.connect_timeout_s)
+        topics = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic)
+        await ensure_topics(
+            kafka.bootstrap_servers,
+            dict.fromkeys(topics, kafka.partitions),
+            replication_factor=kafka.replication,
+            deadline_s=kafka.connect_timeout_s,
+        )
+        consumer = points_consumer(kafka)
+        try:
+            await consumer.start()
+        except KafkaError as e:
+            raise BrokerError(f"cannot read from {kafka.bootstrap_servers}: {e}") from e
+        consumer.subscribe([kafka.points_topic], listener=Rebalance(self._assign, self._revoke))
+        self._consumer = consumer
+        try:
+            while not self._stop.is_set():
+                async with self._turn:
+                    await self._poll()
+                await asyncio.sleep(0)  # lets a rebalance have its turn
+        finally:
+            try:
+                # aiokafka does not say "revoked" before stop
+                await asyncio.shield(self._revoke(list(self.partitions)))
+            finally:
+                await consumer.stop()
+
+    async def _poll(self) -> None:
+        batches = await self._consumer.getmany(
+            timeout_ms=_POLL_MS, max_records=self.settings.kafka.max_poll_records
+        )
+        for at, batch in batches.items():
+            partition = self.partitions.get(at)
+            if partition is not None and batch:
+                partition.accept(batch)
+                await asyncio.sleep(0)  # lets transactions and heartbeats go on between two batches
+        for at, partition in self.partitions.items():
+            if (problem := partition.failure()) is not None:
+                raise BrokerError(f"partition {at.partition} of {at.topic} cannot publish: {problem!r}") from problem
+            full = partition.unsettled > self.settings.kafka.unsettled_max
+            if full != (at in self._consumer.paused()):
+                (self._consumer.pause if full else self._consumer.resume)(at)
+
+    async def _assign(self, assigned: Sequence[TopicPartition]) -> None:
+        async with self._turn:
+            for at in assigned:
+                partition = Partition(at, self.settings, self.make_detector, self.store)
+                await partition.start(self._consumer)
+                self.partitions[at] = partition
+        log.info("assigned %d partitions of %s", len(assigned), self.settings.kafka.points_topic)
+        self.assigned.set()
+
+    async def _revoke(self, revoked: Sequence[TopicPartition]) -> None:
+        async with self._turn:
+            leaving = [self.partitions.pop(at) for at in revoked if at in self.partitions]
+            await asyncio.gather(*(partition.stop() for partition in leaving))
+            for partition in leaving:
+                self._gone.add(partition.detector.counts)
