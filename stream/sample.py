@@ -152,7 +152,9 @@ def generate(
     timestamp_ms = start_ms + 1000 * interval_s * np.arange(n, dtype=np.int64)
     base = _KINDS[kind].make(base_rng, timestamp_ms / 86_400_000, interval_s, noise, season)
 
-    value, label, spans, silent = base.value, np.zeros(n, np.bool_), [], (n, n)
+    value, label = base.value, np.zeros(n, np.bool_)
+    spans: list[_Span] = []
+    silent = (n, n)
     if not clean:
         value, label, spans, silent = _anomalies(anomaly_rng, base, _KINDS[kind], days, interval_s)
     here = ~_missing(missing_rng, n, days) | label
@@ -208,7 +210,7 @@ def _requests(rng: np.random.Generator, day: Floats, interval_s: int, noise: flo
     load = _season(rng, day, season)
     trend = 1 + rng.normal(0, 0.04) * (day - day[0]) / 28
     expected = load * trend * np.exp(_wander(rng, day, 0.5, 0.025))
-    swing = np.exp(noise * (_ar1(rng, len(day), 2400 / interval_s, 0.018) + rng.normal(0, 0.016, len(day))))
+    swing = np.exp(noise * (_ar1(rng, len(day), 2400 / interval_s, 0.018) + rng.normal(0, 0.020, len(day))))
     return _Base(expected, np.maximum(expected * swing + noise * rng.normal(0, 0.004, len(day)), 0))
 
 
@@ -216,9 +218,9 @@ def _latency(rng: np.random.Generator, day: Floats, interval_s: int, noise: floa
     n = len(day)
     expected = np.exp(0.35 * (_season(rng, day, season) - 0.5) + _wander(rng, day, 0.7, 0.04))
     skewed = rng.gamma(4.0, 0.25, n) - 1  # mean 0, right tail
-    slow = np.where(rng.random(n) < 0.01, rng.exponential(0.35, n), 0.0)
-    swing = noise * (_ar1(rng, n, 1800 / interval_s, 0.05) + 0.10 * skewed + slow)
-    return _Base(expected, expected * np.exp(np.clip(swing, -2, 3)))
+    slow = np.where(rng.random(n) < 0.01, np.minimum(rng.exponential(0.15, n), 0.5), 0.0)
+    swing = noise * (_ar1(rng, n, 1800 / interval_s, 0.05) + 0.10 * skewed) + min(noise, 1) * slow
+    return _Base(expected, expected * np.exp(np.clip(swing, -1, 1)))
 
 
 def _cpu(rng: np.random.Generator, day: Floats, interval_s: int, noise: float, season: float) -> _Base:
@@ -257,21 +259,22 @@ def _queue(rng: np.random.Generator, day: Floats, interval_s: int, noise: float,
     load = _season(rng, day, season)
     expected = rng.uniform(1, 12) * (0.2 + load)
     bursts_a_point = np.minimum(8 * (0.3 + load) * interval_s / 86_400, 0.5)
-    sizes = np.where(rng.random(n) < bursts_a_point, rng.exponential(4.0, n), 0.0)
+    sizes = np.where(rng.random(n) < bursts_a_point, np.minimum(rng.exponential(2.5, n), 7), 0.0)
     drained = np.convolve(sizes, _decay(rng.uniform(300, 1500) / interval_s))[:n]
     waiting = expected * np.exp(noise * _ar1(rng, n, 900 / interval_s, 0.25)) * (1 + noise * drained)
     return _Base(expected, rng.poisson(waiting).astype(np.float64), whole=True)
 
 
-_EVERY: Final = ("spike_up", "dip", "level_shift", "spike_down", "noise_burst", "slow_burn")
-_UPWARD: Final = ("spike_up", "level_shift", "slow_burn", "noise_burst")
+_EVERY: Final = ("spike_up", "dip", "level_shift", "spike_down", "noise_burst", "slow_burn", "spike_up", "spike_down")
+_UPWARD: Final = ("spike_up", "level_shift", "spike_up", "noise_burst", "spike_up", "slow_burn")
+_COUNTED: Final = ("spike_up", "level_shift", "spike_up", "slow_burn")
 _KINDS: Final = {
     "requests": _Kind("checkout.requests_per_s", 1200.0, _requests, _EVERY, falls=True),
     "latency": _Kind("checkout.latency_p99_ms", 180.0, _latency, _UPWARD, falls=False),
     "cpu": _Kind("checkout.cpu_percent", 100.0, _cpu, _EVERY, falls=False),
-    "errors": _Kind("checkout.errors", 1.0, _errors, ("spike_up", "level_shift", "slow_burn"), falls=False),
+    "errors": _Kind("checkout.errors", 1.0, _errors, _COUNTED, falls=False),
     "memory": _Kind("checkout.memory_bytes", 4e9, _memory, _EVERY, falls=False),
-    "queue": _Kind("checkout.queue_length", 1.0, _queue, ("level_shift", "spike_up", "slow_burn"), falls=False),
+    "queue": _Kind("checkout.queue_length", 1.0, _queue, _COUNTED, falls=False),
 }
 KINDS: Final = tuple(_KINDS)
 
@@ -287,7 +290,7 @@ def _season(rng: np.random.Generator, day: Floats, strength: float) -> Floats:
     hour_of_week = ((day + 3) % 7) * 24  # 1970 began on a Thursday; 0 is Monday 00:00
     # Friday evening and Monday morning are neither.
     weekend = np.interp(hour_of_week, [0, 5, 114, 124, 162, 168], [0.35, 0, 0, 1, 1, 0.35])
-    low = rng.uniform(0.55, 0.9)
+    low = rng.uniform(0.65, 0.95)
     shift = rng.normal(0, 0.7)
     hour = (day * 24 - shift - rng.uniform(0.5, 2.0) * weekend) % 24
 
@@ -296,7 +299,9 @@ def _season(rng: np.random.Generator, day: Floats, strength: float) -> Floats:
         height *= rng.uniform(0.8, 1.2)
         return np.asarray(height * np.exp(sharpness * (np.cos((hour - centre) * (2 * math.pi / 24)) - 1)))
 
-    shape = 0.14 + bump(9.8, 1.9, 0.55) + bump(12.6, 0.9, 0.16) + bump(15.2, 2.6, 0.60) + bump(20.4, 1.7, 0.72)
+    work = bump(9.8, 1.9, 0.55) + bump(15.2, 2.6, 0.60)
+    lunch = bump(12.5, rng.uniform(0.4, 0.9), rng.uniform(0.08, 0.28))
+    shape = 0.14 + (1 - 0.3 * weekend) * work + lunch + bump(20.4, 1.7, 0.72)
     load = shape / 1.05 * (1 - (1 - low) * weekend)
     middle = float(load.mean())
     return np.maximum(middle + strength * (load - middle), 0.04)
@@ -344,10 +349,10 @@ _Span: TypeAlias = tuple[str, int, int, bool]  # kind, first point, end, subtle
 _MINUTES: Final = {
     "spike_up": (1, 14),
     "spike_down": (1, 14),
-    "dip": (20, 55),
-    "level_shift": (90, 210),
-    "slow_burn": (120, 200),
-    "noise_burst": (45, 80),
+    "dip": (15, 45),
+    "level_shift": (60, 150),
+    "slow_burn": (90, 150),
+    "noise_burst": (35, 65),
 }
 
 
@@ -391,16 +396,15 @@ def _distort(rng: np.random.Generator, base: _Base, kind: _Kind, anomaly: str, s
     """Return the values of one anomaly, (length,)."""
     value, expected = base.value[span], base.expected[span]
     length = len(value)
-    residual = base.value - base.expected
-    near = slice(max(0, span.start - 200), span.stop + 200)
-    spread = float(residual[near].std()) + 1e-3 * float(np.abs(base.expected).mean())
+    residual = (base.value - base.expected)[max(0, span.start - 200) : span.stop + 200]
+    spread = float(residual.std()) + 1e-3 * float(np.abs(base.expected).mean())
     level = float(expected.mean())
-    ramp = np.arange(1, length + 1) / length
-
     if anomaly == "noise_burst":
-        loud = spread * (3 if subtle else rng.uniform(6, 10))
-        moved = value + loud * rng.standard_normal(length)
-        return _bounded(base, np.where(moved < 0, -moved, moved))
+        loud = spread * (3 if subtle else rng.uniform(6, 10)) * rng.standard_normal(length)
+        # What is skewed is never much faster than usual.
+        return _bounded(base, np.abs(value + loud) if "dip" in kind.anomalies else value + np.abs(loud))
+
+    ramp = np.arange(1, length + 1) / length
     if anomaly in ("spike_up", "spike_down"):
         sigmas, share = (rng.uniform(5, 6), 0.0) if subtle else (rng.uniform(9, 16), rng.uniform(0.25, 0.6))
         shape = np.exp(-np.arange(length) / 1.5) if rng.random() < 0.5 else np.ones(length)
@@ -413,11 +417,17 @@ def _distort(rng: np.random.Generator, base: _Base, kind: _Kind, anomaly: str, s
     else:
         sigmas, share = (rng.uniform(4, 5), 0.0) if subtle else (rng.uniform(8, 12), rng.uniform(0.3, 0.6))
         shape = ramp
-    down = anomaly in ("spike_down", "dip") or (anomaly in ("level_shift", "slow_burn") and kind.falls)
+
     size = max(sigmas * spread, share * level)
-    # An outage falls by a share of what there is; what rises has no such bound.
-    moved = value * (1 - np.minimum(size / max(level, 1e-9), 0.93) * shape) if down else value + size * shape
-    return _bounded(base, moved)
+    if anomaly in ("spike_down", "dip") or (anomaly in ("level_shift", "slow_burn") and kind.falls):
+        # An outage takes a share of what there is, up to all of it; what rises has no such bound.
+        lost = min(size / max(level, 1e-9), 0.95)
+        if anomaly == "spike_down" and not subtle and rng.random() < 0.25:
+            lost = 1.0
+        return _bounded(base, value * (1 - lost * shape))
+    if not subtle:
+        size = max(size, (0.7 if anomaly == "level_shift" else 1.3) * float(residual.max()))  # above the usual bursts
+    return _bounded(base, value + size * shape)
 
 
 def _bounded(base: _Base, value: Floats) -> Floats:
