@@ -76,6 +76,10 @@ class Counts:
         for f in fields(self):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -445,6 +449,7 @@ class Detector:
             probability=significant(probability),
             window=WindowInfo(self.model.window, self.model.window - learned),
             reason={Action.RESOLVED: "recovered", Action.ACCEPTED: "accepted"}.get(action, ""),
+            last_anomaly=iso_time(int(incidents.last_ms[slot])) if ended else "",
             duration_s=(timestamp_ms - opened_ms) / 1000 if ended else 0.0,
             peak=Peak(
                 iso_time(int(incidents.peak_ms[slot])),

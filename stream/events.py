@@ -50,6 +50,7 @@ class EventData(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
             `ratio` score / threshold, `probability` how probable so high a score is at a normal point.
         anomalies: anomalous points of the incident so far.
         opened: event time of the first one.
+        last_anomaly: event time of the latest anomalous point, on resolution.
         reason: why it was resolved: "recovered" (normal again) or "accepted" (it has lasted so long that it is
             taken for the new normal).
     """
@@ -70,6 +71,7 @@ class EventData(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     probability: float
     window: WindowInfo
     reason: str = ""
+    last_anomaly: str = ""
     duration_s: float = 0.0
     peak: Peak | None = None
 

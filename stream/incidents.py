@@ -92,19 +92,20 @@ class Incidents:
 
     Attributes:
         state: `State`, (S,) uint8.
-        opened_ms: event time of the first anomalous point, (S,) int64.
+        opened_ms: event time of the first anomalous point, (S,) int64; `last_ms` of the latest one.
         severity: the gravest `Severity` so far, (S,) uint8.
         normal_run: normal points in a row since the last anomalous one, (S,) int32.
         anomalies: anomalous points so far, (S,) int32.
         peak_ratio: the largest score/threshold so far, (S,) float64; `peak_ms` and `peak_value` say where.
     """
 
-    ARRAYS = ("state", "opened_ms", "severity", "normal_run", "anomalies", "peak_ratio", "peak_ms", "peak_value")
+    ARRAYS = ("state", "opened_ms", "severity", "last_ms", "normal_run", "anomalies", "peak_ratio", "peak_ms", "peak_value")
 
     def __init__(self, policy: IncidentPolicy, capacity: int = 0) -> None:
         self.policy = policy
         self.state: Int8Array = np.zeros(0, np.uint8)
         self.opened_ms: Int64Array = np.zeros(0, np.int64)
+        self.last_ms: Int64Array = np.zeros(0, np.int64)
         self.severity: Int8Array = np.zeros(0, np.uint8)
         self.normal_run: Int32Array = np.zeros(0, np.int32)
         self.anomalies: Int32Array = np.zeros(0, np.int32)
@@ -159,6 +160,7 @@ class Incidents:
             counter[opening] = 0
         hit = slot[anomalous]
         self.anomalies[hit] += 1
+        self.last_ms[hit] = timestamp_ms[anomalous]
         self.severity[hit] = np.maximum(self.severity[hit], severity[anomalous])
         peak = anomalous & (ratio > self.peak_ratio[slot])
         self.peak_ratio[slot[peak]] = ratio[peak]

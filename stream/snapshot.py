@@ -49,6 +49,7 @@ def row_dtype(detector: Detector) -> np.dtype[np.void]:
             ("state", "u1"),
             ("severity", "u1"),
             ("opened_ms", "<i8"),
+            ("last_ms", "<i8"),
             ("normal_run", "<i4"),
             ("anomalies", "<i4"),
             ("peak_ratio", "<f8"),

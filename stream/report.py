@@ -1,0 +1,133 @@
+"""What a run over labelled points was worth: which labelled segments were caught, how soon, and what was false."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from stream.csvfile import Points
+from stream.detector import Counts
+from stream.events import TYPE_OPENED, TYPE_RESOLVED, Event, iso_time
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """A run of points labelled anomalous, and the incident that caught it."""
+
+    kpi: str
+    start: str
+    end: str
+    points: int
+    incident: str | None  # the first one that was open in it
+    delay_points: int | None  # points of the segment before it opened; 0: at the first one, or open already
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """A run in figures."""
+
+    kpis: int
+    points: int
+    scored: int
+    missing_completed: int
+    events: int
+    incidents: int
+    segments: tuple[Segment, ...]
+    caught: int
+    false_alarms: int | None  # incidents outside all segments; None where nothing is labelled
+    rejected: int
+    elapsed_s: float
+    points_per_s: float
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Incident:
+    id: str
+    kpi: str
+    opened_ms: int
+    ended_ms: int
+
+
+def summarise(
+    points: Points, events: Iterable[Event], counts: Counts, *, elapsed_s: float, rejected: int = 0, first: int = 0
+) -> Summary:
+    """Hold a run's events against the labels of its points.
+
+    A segment is caught when an incident was open at one of its points. An incident is a false alarm when it was open
+    at no labelled point; it is none, and none is counted, where the points have no labels at all.
+
+    Args:
+        points: what was replayed.
+        events: what was published.
+        counts: what the detector did.
+        elapsed_s: how long it took.
+        rejected: records that could not be used.
+        first: index of the first point that counts (those before it were trained on).
+    """
+    events = list(events)
+    incidents = _incidents(events)
+    labelled = bool((points.label[first:] >= 0).any())
+    segments: list[Segment] = []
+    true_alarms: set[str] = set()
+    for k, name in enumerate(points.names):
+        own = np.flatnonzero(points.kpi[first:] == k) + first
+        own = own[np.argsort(points.timestamp_ms[own], kind="stable")]
+        time, label = points.timestamp_ms[own], points.label[own] == 1
+        of_kpi = [incident for incident in incidents if incident.kpi == name]
+        edges = np.flatnonzero(np.diff(np.r_[False, label, False]))
+        for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            open_in = [i for i in of_kpi if i.opened_ms <= time[end - 1] and i.ended_ms >= time[start]]
+            true_alarms.update(incident.id for incident in open_in)
+            first_in = min(open_in, key=lambda incident: incident.opened_ms, default=None)
+            segments.append(
+                Segment(
+                    kpi=name,
+                    start=iso_time(int(time[start])),
+                    end=iso_time(int(time[end - 1])),
+                    points=end - start,
+                    incident=first_in.id if first_in else None,
+                    delay_points=int(np.searchsorted(time[start:end], first_in.opened_ms)) if first_in else None,
+                )
+            )
+    segments.sort(key=lambda segment: segment.start)
+    return Summary(
+        kpis=len(points.names),
+        points=counts.points,
+        scored=counts.scored,
+        missing_completed=counts.completed,
+        events=len(events),
+        incidents=len(incidents),
+        segments=tuple(segments),
+        caught=sum(segment.incident is not None for segment in segments),
+        false_alarms=len(incidents) - len(true_alarms) if labelled else None,
+        rejected=rejected,
+        elapsed_s=round(elapsed_s, 3),
+        points_per_s=round(counts.points / elapsed_s, 1) if elapsed_s > 0 else 0.0,
+        counts=counts.as_dict(),
+    )
+
+
+def _incidents(events: Iterable[Event]) -> list[_Incident]:
+    opened: dict[str, tuple[str, int]] = {}
+    ended: dict[str, int] = {}
+    for event in events:
+        if event.type == TYPE_OPENED:
+            opened[event.data.incident] = (event.data.kpi, _ms(event.data.opened))
+        elif event.type == TYPE_RESOLVED:
+            # The incident itself ended with its last anomalous point; what follows are the normal ones that prove it.
+            ended[event.data.incident] = _ms(event.data.last_anomaly or event.time)
+    forever = np.iinfo(np.int64).max
+    return [_Incident(i, kpi, at, ended.get(i, int(forever))) for i, (kpi, at) in opened.items()]
+
+
+def _ms(text: str) -> int:
+    return round(datetime.fromisoformat(text).timestamp() * 1000)
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """Return the last line of a `--json` run."""
+    return {"summary": msgspec.to_builtins(summary)}
