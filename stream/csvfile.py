@@ -12,9 +12,9 @@ Rules, decided once per file:
   …: the file is long, each row names its KPI). Every other column is a KPI; with more than one the file is wide.
 - Names: a file with one KPI takes the `kpi` argument, or its own stem; a wide one `<stem>.<column>`; a long one its own
   names. In a wide or long file the `kpi` argument picks one KPI.
-- Time: epoch numbers, whole or not, or ISO 8601 (`YYYY-MM-DD`, then optionally the time and zone; no zone is UTC).
-  Numbers are seconds if their median is below 1e11, else milliseconds. Where that median lies after September 2001, a
-  number ten times smaller or larger is a torn one and refused. Rounded to the millisecond.
+- Time: 1970 to 2200. Epoch numbers, whole or not, or ISO 8601 (`YYYY-MM-DD`, then optionally the time and the zone; no
+  zone is UTC). Numbers are seconds if their median is below 1e11, else milliseconds. Where that median lies after
+  September 2001, a number ten times smaller or larger is a torn one and refused. Rounded to the millisecond.
 - Value: a number up to 1e30 in size; empty, nan, null, none, NA and n/a are missing (NaN).
 - Label: 0, 1, true, false, yes, no; empty is unknown.
 
@@ -36,11 +36,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from models.errors import InputError
+from stream.columns import SeriesIndex, name_problem
+from stream.errors import InputError
+from stream.records import SECONDS_BELOW, TIMESTAMP_MAX_MS, VALUE_MAX
 
 MAX_REFUSED: Final = 100  # refused lines kept with their text; all of them are counted
-MAX_VALUE: Final = 1e30  # float32 ends at 3e38, and its square must stay a number
-MAX_NAME: Final = 200  # characters of a KPI name
 _CHUNK: Final = 2_048  # lines split at once: short-lived lists, else the garbage collector costs half the time
 _SNIFFED: Final = 100  # lines that settle the separator and the number of columns
 
@@ -53,8 +53,6 @@ _NO_VALUE: Final = frozenset({"", "nan", "null", "none", "na", "n/a"})
 _NORMAL: Final = ("0", "false", "f", "no", "n")
 _ANOMALOUS: Final = ("1", "true", "t", "yes", "y")
 _BAD: Final = 2  # code of a label that is none of these words
-_SECONDS_BELOW: Final = 1e11  # as seconds the year 5138, as milliseconds 1973
-_END_MS: Final = 1e14  # the year 5138; microseconds since 1970 lie above
 _MODERN_MS: Final = 1e12  # September 2001
 
 _DAMAGED: Final = re.compile("[\0\udc80-\udcff]")  # NUL, or a byte that is not UTF-8 (surrogateescape)
@@ -164,7 +162,7 @@ def read_table(path: Path, *, kpi: str | None = None) -> Table:
     if not texts:
         raise InputError(f"{path}: a header and no rows; {_EXPECTED}")
 
-    series = _SeriesIndex()
+    series = SeriesIndex()
     parts = [_parse(texts[i : i + _CHUNK], layout, series) for i in range(0, len(texts), _CHUNK)]
     stamp, numeric, values, label, kpi_index, good = (np.concatenate(column) for column in zip(*parts, strict=True))
     unit_ms = _unit_ms(stamp[numeric])
@@ -189,8 +187,7 @@ def read_table(path: Path, *, kpi: str | None = None) -> Table:
     else:
         # names of refused lines are nobody's
         used, inverse = np.unique(kpi_index[good], return_inverse=True)
-        known = list(series)
-        names, row_kpi = tuple(known[i] for i in used), inverse.astype(np.int32)
+        names, row_kpi = tuple(series.names[i] for i in used), inverse.astype(np.int32)
     table = Table(
         path=path,
         names=names,
@@ -315,8 +312,14 @@ def _layout(path: Path, texts: Sequence[str], separator: str | None) -> _Layout:
     """
     separator, width = _sniff(texts[:_SNIFFED], separator)
     if width < 2:
-        raise InputError(f"{path}: one column only, line reads {_short(texts[0])}; {_EXPECTED}")
-    first, *others = ([field.strip() for field in fields] for fields in _split(texts[:_SNIFFED], separator))
+        raise InputError(
+            f"{path}: no lines of several fields between commas, semicolons or tabs; the first is {_short(texts[0])}; "
+            f"{_EXPECTED}"
+        )
+    readable = _DAMAGED.sub("\ufffd", texts[0])  # a header in Latin-1 names its columns well enough
+    first, *others = (
+        [field.strip() for field in fields] for fields in _split([readable, *texts[1:_SNIFFED]], separator)
+    )
     keys = [re.sub(r"^unnamed.*|^[@_]+", "", re.sub(r"[\s-]+", "_", field.lower())) for field in first]
     if not _is_header(first, keys, width):
         if width > 3:
@@ -437,19 +440,6 @@ class _Labels(dict[str, int]):
         return code
 
 
-class _SeriesIndex(dict[str, int]):
-    """Series name -> index in order of appearance, -1 for a name that nobody could type."""
-
-    def __missing__(self, text: str) -> int:
-        name = text.strip()
-        if not name or len(name) > MAX_NAME or not name.isprintable():
-            return -1
-        if name != text:
-            return self[name]
-        self[name] = index = len(self)
-        return index
-
-
 _LABELS: Final = _Labels()
 
 _Parsed: TypeAlias = tuple[
@@ -462,7 +452,7 @@ _Parsed: TypeAlias = tuple[
 ]
 
 
-def _parse(lines: Sequence[str], layout: _Layout, series: _SeriesIndex) -> _Parsed:
+def _parse(lines: Sequence[str], layout: _Layout, series: SeriesIndex) -> _Parsed:
     """Parse lines into columns, a row a line, unreadable ones included."""
     rows = _split(lines, layout.separator)
     n = len(rows)
@@ -474,7 +464,7 @@ def _parse(lines: Sequence[str], layout: _Layout, series: _SeriesIndex) -> _Pars
 
     stamp, numeric = _times(columns[layout.time])
     values = np.stack([_floats(columns[i]) for i in layout.values], axis=1)  # (N, F)
-    good = whole & ~np.isnan(stamp) & ~(np.abs(values) > MAX_VALUE).any(axis=1)
+    good = whole & ~np.isnan(stamp) & ~(np.abs(values) > VALUE_MAX).any(axis=1)
     label = np.full(n, -1, np.int8)
     if layout.label is not None:
         label = np.fromiter(map(_LABELS.__getitem__, columns[layout.label]), np.int8, n)
@@ -485,7 +475,7 @@ def _parse(lines: Sequence[str], layout: _Layout, series: _SeriesIndex) -> _Pars
         values[missing == 1] = np.nan
     kpi = np.zeros(n, np.int64)
     if layout.series is not None:
-        kpi = np.fromiter(map(series.__getitem__, columns[layout.series]), np.int64, n)
+        kpi = np.fromiter(map(series.__getitem__, map(str.strip, columns[layout.series])), np.int64, n)
         good &= kpi >= 0
     return stamp, numeric, values, label, kpi, good
 
@@ -515,6 +505,15 @@ def _number(text: str) -> float:
         return float(word) if _plain(word) else math.inf
     except ValueError:
         return math.inf
+
+
+def _is_number(text: str) -> bool:
+    """True for inf and numbers too large for a float as well, which `_number` does not tell from a word."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return _plain(text)
 
 
 def _times(column: Sequence[str]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
@@ -552,12 +551,12 @@ def _iso_ms(words: Sequence[str]) -> npt.NDArray[np.float64]:
 
 def _unit_ms(numbers: npt.NDArray[np.float64]) -> float:
     """Return the file's unit of numeric timestamps in milliseconds: 1000 for seconds, 1 for milliseconds."""
-    return 1000.0 if not len(numbers) or np.median(numbers) < _SECONDS_BELOW else 1.0
+    return 1000.0 if not len(numbers) or np.median(numbers) < SECONDS_BELOW else 1.0
 
 
 def _in_range(stamp: npt.NDArray[np.float64], numeric: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Tell the timestamps, (N,) in ms, that can be meant: 1970 to 5138, and no digit lost or gained."""
-    fine = (stamp >= 0) & (stamp < _END_MS)
+    """Tell the timestamps, (N,) in ms, that can be meant: 1970 to 2200, and no digit lost or gained."""
+    fine = (stamp >= 0) & (stamp <= TIMESTAMP_MAX_MS)
     middle = np.median(stamp[numeric]) if numeric.any() else 0.0
     if middle >= _MODERN_MS:
         fine &= ~numeric | ((stamp > middle / 10) & (stamp < middle * 10))
@@ -585,17 +584,17 @@ def _reason(line: str, layout: _Layout, unit_ms: float) -> str:
     if np.isnan(stamp[0]):
         return f"timestamp {_short(time)} is neither epoch seconds, milliseconds nor ISO 8601"
     for i in layout.values:
-        if not np.isnan(number := _number(fields[i])) and abs(number) > MAX_VALUE:
-            column = "value" if layout.header is None else f"column {_short(layout.header[i])}:"
-            known = not math.isinf(number) or "inf" in fields[i].lower()
-            return f"{column} {_short(fields[i])} is {'infinite or beyond 1e30' if known else 'not a number'}"
+        if abs(_number(fields[i])) > VALUE_MAX:
+            wrong = f"infinite or beyond {VALUE_MAX:g}" if _is_number(fields[i]) else "not a number"
+            column = f"column {_short(layout.header[i])}:" if layout.header and len(layout.values) > 1 else "value"
+            return f"{column} {_short(fields[i])} is {wrong}"
     for flag in (layout.label, layout.missing):
         if flag is not None and _LABELS[fields[flag]] == _BAD:
             return f"label {_short(fields[flag])} is neither 0 nor 1"
-    if layout.series is not None and _SeriesIndex()[fields[layout.series]] < 0:
-        return f"KPI name {_short(fields[layout.series])} is empty, unprintable or longer than {MAX_NAME}"
+    if layout.series is not None and (problem := name_problem(fields[layout.series])):
+        return problem
     unit = "" if not numeric[0] else " seconds" if unit_ms == 1000 else " milliseconds"
-    return f"timestamp {_short(time)}{unit} is before 1970, after 5138, or ten times off the others of the file"
+    return f"timestamp {_short(time)}{unit} is before 1970, after 2200, or ten times off the others of the file"
 
 
 def _short(text: str, limit: int = 60) -> str:
@@ -604,5 +603,5 @@ def _short(text: str, limit: int = 60) -> str:
 
 
 def _printable(name: str) -> str:
-    """Return a name that can be typed and shown."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in name)[:MAX_NAME]
+    """Return a name that `name_problem` takes, but for its length."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in name)

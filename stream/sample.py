@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from models.errors import ConfigError
+from stream.errors import ConfigError
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -31,6 +31,7 @@ _SEGMENTS_A_DAY: Final = 10 / 28
 _MIN_POINTS: Final = 50
 _BLANK: Final = 0.004  # share of single points that are missing
 _RUNS_A_DAY: Final = 0.3  # short runs of missing points
+_GONE: Final = 14  # time constants after which nothing is left: e**-14 is 1e-6
 _SUBTLE_EVERY: Final = 5  # one segment in five is close to the noise
 
 
@@ -133,13 +134,15 @@ def generate(
         name: of the KPI.
 
     Raises:
-        ConfigError: an unknown kind, fewer than 50 points, a negative or infinite strength, a start that is not a
-            whole second.
+        ConfigError: an unknown kind, fewer than 50 points, a negative seed, a negative or infinite strength, a start
+            that is not a whole second.
     """
     if kind not in KINDS:
         raise ConfigError(f"kind {kind!r} is unknown; take one of {', '.join(KINDS)}")
     if interval_s < 1 or not math.isfinite(days) or days * 86_400 / interval_s < _MIN_POINTS:
         raise ConfigError(f"{days:g} days of one point in {interval_s} s: give at least {_MIN_POINTS} points")
+    if seed < 0:
+        raise ConfigError(f"seed={seed} is negative; give 0 or more")
     if start_ms < 0 or start_ms % 1000:
         raise ConfigError(f"start_ms={start_ms} is not a whole second since 1970; give a multiple of 1000")
     scale = _KINDS[kind].scale if scale is None else scale
@@ -260,7 +263,7 @@ def _queue(rng: np.random.Generator, day: Floats, interval_s: int, noise: float,
     expected = rng.uniform(1, 12) * (0.2 + load)
     bursts_a_point = np.minimum(8 * (0.3 + load) * interval_s / 86_400, 0.5)
     sizes = np.where(rng.random(n) < bursts_a_point, np.minimum(rng.exponential(2.5, n), 7), 0.0)
-    drained = np.convolve(sizes, _decay(rng.uniform(300, 1500) / interval_s))[:n]
+    drained = _leak(sizes, rng.uniform(300, 1500) / interval_s)
     waiting = expected * np.exp(noise * _ar1(rng, n, 900 / interval_s, 0.25)) * (1 + noise * drained)
     return _Base(expected, rng.poisson(waiting).astype(np.float64), whole=True)
 
@@ -307,17 +310,21 @@ def _season(rng: np.random.Generator, day: Floats, strength: float) -> Floats:
     return np.maximum(middle + strength * (load - middle), 0.04)
 
 
-def _decay(tau: float) -> Floats:
-    """Return exp(-k / tau) until it is gone; tau in points."""
-    tau = max(tau, 0.2)
-    return np.exp(-np.arange(math.ceil(14 * tau)) / tau)
+def _leak(inflow: Floats, tau: float) -> Floats:
+    """Return x[t] = inflow[t] + exp(-1 / tau) x[t - 1], (N,), by doubling: no loop over points."""
+    x, step = inflow, 1
+    while step < min(_GONE * tau, len(x)):
+        x = np.concatenate([x[:step], x[step:] + math.exp(-step / tau) * x[:-step]])
+        step *= 2
+    return x
 
 
 def _ar1(rng: np.random.Generator, n: int, tau: float, sd: float) -> Floats:
     """Return (n,) stationary AR(1) noise that forgets in tau points."""
-    kernel = _decay(tau)
-    shocks = rng.normal(0, 1, n + len(kernel) - 1)
-    return np.asarray(sd / math.sqrt(float(kernel @ kernel)) * np.convolve(shocks, kernel, "valid"))
+    tau = max(tau, 0.1)
+    past = math.ceil(_GONE * tau)
+    shocks = rng.normal(0, sd * math.sqrt(-math.expm1(-2 / tau)), past + n)
+    return _leak(shocks, tau)[past:]
 
 
 def _wander(rng: np.random.Generator, day: Floats, step: float, sd: float) -> Floats:
