@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TextIO
 
 import numpy as np
+import pandas as pd
 
+from models.checkpoint import Bundle, Checkpoint
 from models.windows import TrainSeries
 from stream import grid
 from stream.columns import Columns, Int64Array
 from stream.csvfile import Points
-from stream.detector import Detector, Result
+from stream.detector import Detector, Result, Scores
 from stream.errors import InputError
+from stream.sample import Sample
 
 BATCH_POINTS = 10_000
 
@@ -71,3 +78,62 @@ def head(points: Points, fraction: float) -> tuple[Points, int]:
     end = int(len(points.value) * fraction)
     columns = (points.timestamp_ms[:end], points.kpi[:end], points.value[:end], points.label[:end])
     return Points(points.names, *columns), end
+
+
+def sample_points(samples: Sequence[Sample]) -> Points:
+    """Return generated KPIs as one stream, merged by time."""
+    time = np.concatenate([one.timestamp_ms for one in samples])
+    order = np.argsort(time, kind="stable")
+    lengths = [len(one.value) for one in samples]
+    return Points(
+        names=tuple(one.name for one in samples),
+        timestamp_ms=time[order],
+        kpi=np.repeat(np.arange(len(samples), dtype=np.int32), lengths)[order],
+        value=np.concatenate([one.value for one in samples])[order],
+        label=np.concatenate([one.label for one in samples])[order].astype(np.int8),
+    )
+
+
+def trained_checkpoint(bundle: Bundle) -> Checkpoint:
+    """Return what was just trained as a checkpoint that lies in no repository, `trained@0`."""
+    return Checkpoint("trained", 0, Path(), bundle.model, bundle.calibration, bundle.interval_ms, bundle.training)
+
+
+class ScoreWriter:
+    """Writes the scores of a run to a CSV file, a row a cell; empty fields where there was no value or no score."""
+
+    COLUMNS = ("timestamp", "value", "expected", "score", "threshold", "probability", "anomaly")
+
+    def __init__(self, file: TextIO, detector: Detector, *, many: bool) -> None:
+        self._file = file
+        self._detector = detector
+        self._many = many
+        file.write(",".join(("kpi",) * many + self.COLUMNS) + "\n")
+
+    @classmethod
+    @contextmanager
+    def to(cls, path: Path | None, detector: Detector, *, many: bool) -> Iterator[ScoreWriter | None]:
+        """Open the file for the length of a run; None without a path. `many` KPIs get a column with their names."""
+        if path is None:
+            yield None
+            return
+        try:
+            file = path.open("w", newline="", encoding="utf-8")
+        except OSError as e:
+            raise InputError(f"{path}: cannot be written: {e.strerror}") from None
+        with file:
+            yield cls(file, detector, many=many)
+
+    def write(self, scores: Sequence[Scores]) -> None:
+        """Append the scores of a batch, oldest first."""
+        if not scores:
+            return
+        columns = {f.name: np.concatenate([getattr(part, f.name) for part in scores]) for f in fields(Scores)}
+        table = pd.DataFrame(columns).sort_values("timestamp_ms", kind="stable")
+        seconds, rest = table["timestamp_ms"] // 1000, table["timestamp_ms"] % 1000
+        table["timestamp"] = seconds.astype(str).where(rest == 0, (table["timestamp_ms"] / 1000).map("{:.3f}".format))
+        table["value"] = table["value"].map(lambda x: "" if np.isnan(x) else repr(float(x)))  # as it came, not rounded
+        table["anomaly"] = table["anomaly"].astype(int)
+        table["kpi"] = self._detector.names(table["slot"].tolist())
+        shown = list(("kpi",) * self._many + self.COLUMNS)
+        table[shown].to_csv(self._file, header=False, index=False, float_format="%.6g", lineterminator="\n")

@@ -1,0 +1,147 @@
+"""Puts the parts together: settings -> checkpoint, detector, store, worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import SecretStr
+
+from models import checkpoint as repository
+from models.checkpoint import Checkpoint
+from stream.columns import SeriesIndex
+from stream.detector import Detector, DetectorConfig
+from stream.embedded import Servers, discover, patch_aborted_transactions
+from stream.errors import ConfigError
+from stream.settings import Settings
+from stream.store import Store
+from stream.topics import ensure_topics
+from stream.worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+def set_up_logging(level: str) -> None:
+    """Log to stderr, one line a message."""
+    logging.basicConfig(
+        stream=sys.stderr, level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
+    )
+    logging.getLogger("aiokafka").setLevel("ERROR" if level == "INFO" else level)
+
+
+def use_one_thread() -> None:
+    """Keep torch on one core: two intra-op threads on a busy machine stall a forward pass for tens of milliseconds."""
+    torch.set_num_threads(1)
+
+
+def with_servers(settings: Settings, servers: Servers) -> Settings:
+    """Return the settings pointed at embedded servers, and make this process able to read from them."""
+    patch_aborted_transactions()
+    return settings.model_copy(
+        update={
+            "kafka": settings.kafka.model_copy(update={"bootstrap_servers": servers.bootstrap_servers}),
+            "redis": settings.redis.model_copy(update={"url": SecretStr(servers.redis_url)}),
+        }
+    )
+
+
+def find_servers(settings: Settings, *, store: bool = True) -> Settings:
+    """Return settings that name a broker (and a store): the user's own, else those of a running `tocsin up`.
+
+    Raises:
+        ConfigError: neither is there; the message names the setting.
+    """
+    missing = [
+        name
+        for name, value, needed in (
+            ("TOCSIN_KAFKA__BOOTSTRAP_SERVERS", settings.kafka.bootstrap_servers, True),
+            ("TOCSIN_REDIS__URL", settings.redis.url.get_secret_value(), store),
+        )
+        if needed and not value
+    ]
+    if not missing:
+        return settings
+    running = discover() if not settings.kafka.bootstrap_servers else None
+    if running is None:
+        raise ConfigError(f"{' and '.join(missing)}: not set, and no `tocsin up` is running")
+    return with_servers(settings, running)
+
+
+def roots(settings: Settings) -> list[Path]:
+    """Return where checkpoints are looked for: the user's repository, then the bundled one."""
+    return [settings.checkpoints, repository.bundled_root()]
+
+
+def load_checkpoint(settings: Settings, ref: str | None = None) -> Checkpoint:
+    """Load the checkpoint that the settings (or `ref`) name."""
+    return repository.load(roots(settings), ref or settings.checkpoint)
+
+
+def detector_factory(config: DetectorConfig, checkpoint: Checkpoint) -> Callable[[], Detector]:
+    """Return a function that makes a detector without series, one for each partition."""
+    calibration = np.asarray(checkpoint.calibration, np.float64) if checkpoint.calibrated else None
+
+    def make() -> Detector:
+        return Detector(config, checkpoint.model, checkpoint.ref, calibration=calibration, index=SeriesIndex())
+
+    return make
+
+
+def make_worker(settings: Settings) -> Worker:
+    """Return a worker as the settings ask for it, not started."""
+    use_one_thread()
+    checkpoint = load_checkpoint(settings)
+    log.info("checkpoint %s, window %d", checkpoint.ref, checkpoint.model.window)
+    store = Store(settings.redis.url.get_secret_value(), prefix=settings.redis.prefix)
+    return Worker(settings, detector_factory(settings.detector(), checkpoint), store)
+
+
+async def serve(settings: Settings) -> None:
+    """Run a worker until SIGTERM or SIGINT; everything taken in is settled and flushed then."""
+    worker = make_worker(settings)
+    with stop_on_signals(worker.stop):
+        try:
+            await worker.run()
+        finally:
+            await worker.store.close()
+
+
+@contextlib.contextmanager
+def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` on the first SIGTERM or SIGINT; a second SIGINT interrupts."""
+    loop = asyncio.get_running_loop()
+
+    def first(number: signal.Signals) -> None:
+        loop.remove_signal_handler(number)
+        stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, first, number)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+async def check_servers(settings: Settings) -> list[str]:
+    """Try the broker and the store; return a line about each.
+
+    Raises:
+        BrokerError: the broker cannot be reached.
+        StoreError: the store cannot be reached.
+    """
+    await ensure_topics(settings.kafka.bootstrap_servers, {}, deadline_s=settings.kafka.connect_timeout_s)
+    store = Store(settings.redis.url.get_secret_value(), prefix=settings.redis.prefix)
+    try:
+        await store.connect(settings.redis.connect_timeout_s)
+    finally:
+        await store.close()
+    return [f"broker {settings.kafka.bootstrap_servers}: fine", "store: fine"]
