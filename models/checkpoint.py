@@ -18,6 +18,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -513,7 +514,8 @@ def _foreign_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
         # The format keeps no order; names that count or spell the layers (conv1, conv2, dense, out; 0, 3, 7, 10) do.
         return {name: tensors[name] for name in sorted(tensors, key=_natural)}
     try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch warns of pickle protocols, and refuses what it must
+            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(

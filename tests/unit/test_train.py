@@ -1,0 +1,248 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from models.base import score
+from models.deepant import DeepAnT, DeepAnTConfig
+from models.errors import ConfigError
+from models.train import EpochReport, TrainConfig, TrainSeries, train
+from models.windows import complete, usable_targets
+
+Float64 = NDArray[np.float64]
+NAN = math.nan
+
+
+def wave(n: int = 1500, features: int = 1, seed: int = 0) -> Float64:
+    """A daily wave with noise of a tenth of its deviation, (n, features)."""
+    random = np.random.default_rng(seed)
+    phase = np.arange(features)
+    wave = np.sin(2 * np.pi * (np.arange(n)[:, None] + 7 * phase) / 48)
+    return 100 + 20 * (wave + 0.07 * random.normal(size=(n, features)))
+
+
+def series(values: Float64, anomalous: NDArray[np.bool_] | None = None, interval_ms: int = 60_000) -> TrainSeries:
+    labels = np.zeros(len(values), dtype=np.bool_) if anomalous is None else anomalous
+    return TrainSeries("wave.csv", values, labels, interval_ms)
+
+
+def config(scaling: str = "train", features: int = 1, epochs: int = 6, seed: int = 0) -> TrainConfig:
+    model = DeepAnTConfig(window=10, features=features, scaling=scaling)  # type: ignore[arg-type]
+    return TrainConfig(model=model, epochs=epochs, batch=64, seed=seed)
+
+
+def weights(model: DeepAnT) -> bytes:
+    return b"".join(tensor.numpy().tobytes() for tensor in model.weights().values())
+
+
+@pytest.mark.parametrize("features", [1, 3])
+@pytest.mark.parametrize("scaling", ["train", "window"])
+def test_it_learns_more_than_the_last_value(scaling: str, features: int) -> None:
+    bundle = train([series(wave(3000, features))], config(scaling, features, epochs=10))
+    report = bundle.training
+    assert report.persistence_loss is not None
+    assert min(report.held_out_losses) < 0.85 * report.persistence_loss
+    # The model that is handed over is that of the best epoch: its own scores say the same as the report.
+    unseen = wave(1000, features, seed=9)
+    history = np.lib.stride_tricks.sliding_window_view(unseen[:-1], 10, axis=0).transpose(0, 2, 1)
+    error = np.abs(bundle.model.forecast(history).expected - unseen[10:]).mean()
+    assert error < 0.9 * np.abs(np.diff(unseen[9:], axis=0)).mean()
+    if scaling == "train":
+        best = report.held_out_losses[report.best_epoch - 1]
+        assert best == min(report.held_out_losses)
+        if features == 1:
+            assert bundle.calibration.mean() == pytest.approx(best, rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    state = torch.get_rng_state()
+    first, second, other = (train([series(wave(600))], config(epochs=2, seed=seed)) for seed in (7, 7, 8))
+    assert weights(first.model) == weights(second.model) != weights(other.model)
+    assert first.training == second.training
+    np.testing.assert_array_equal(first.calibration, second.calibration)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are his own
+
+
+def test_the_constants_come_from_the_training_part_only() -> None:
+    values = wave(1000)
+    values[800:] += 1e6  # held out: must not be seen by the scaling
+    values[100] = NAN
+    labels = np.zeros(1000, dtype=np.bool_)
+    values[200:210], labels[200:210] = 1e9, True  # labelled: neither
+    bundle = train([series(values, labels)], config(epochs=1))
+    usable = np.delete(values[:800, 0], [100, *range(200, 210)])
+    np.testing.assert_allclose(bundle.model.center, usable.mean(), rtol=1e-12)
+    np.testing.assert_allclose(bundle.model.scale, usable.std(), rtol=1e-12)
+
+
+def test_window_scaling_has_no_constants() -> None:
+    bundle = train([series(wave(600))], config("window", epochs=1))
+    assert bundle.model.center == 0 and bundle.model.scale == 1
+
+
+@pytest.mark.parametrize("scaling", ["train", "window"])
+@pytest.mark.parametrize("constant", [0.0, 5.0, -1e12])
+def test_a_flat_series_can_be_learned(constant: float, scaling: str) -> None:
+    bundle = train([series(np.full((600, 1), constant))], config(scaling, epochs=2))
+    forecast = bundle.model.forecast(np.full((1, 10, 1), constant))
+    assert np.isfinite(bundle.calibration).all()
+    np.testing.assert_allclose(forecast.expected, constant, rtol=1e-4, atol=0.5)
+    assert score(np.array([[constant * 1.5 + 7]]), forecast) > 10 * score(np.array([[constant]]), forecast)
+
+
+def test_unlabelled_spikes_do_not_spoil_the_model() -> None:
+    clean, spiked = wave(2000), wave(2000)
+    spiked[np.random.default_rng(1).integers(0, 1500, 15)] = 1e7
+    test = wave(500, seed=5)
+    history = np.lib.stride_tricks.sliding_window_view(test[:-1], 10, axis=0).transpose(0, 2, 1)
+
+    def error(values: Float64) -> float:
+        model = train([series(values)], config("window", epochs=6)).model
+        return float(np.abs(model.forecast(history).expected - test[10:]).mean())
+
+    assert error(spiked) < 1.5 * error(clean)
+
+
+def test_calibration_is_the_served_score_of_the_held_out_points() -> None:
+    values = wave(1000)
+    labels = np.zeros(1000, dtype=np.bool_)
+    labels[900:903] = True
+    values[950] = NAN
+    bundle = train([series(values, labels)], config(epochs=1))
+    filled = complete(values, 2)
+    # held out from 800; 900..902 labelled, 903..912 have them in their history; 950 was not observed
+    targets = [t for t in range(800, 1000) if not (900 <= t <= 912 or t == 950)]
+    history = np.stack([filled[t - 10 : t] for t in targets])
+    expected = score(values[targets], bundle.model.forecast(history))
+    np.testing.assert_array_equal(bundle.calibration, expected.astype(np.float32))
+    assert bundle.training.held_out_windows == len(targets)
+
+
+def test_progress_and_record() -> None:
+    reports: list[EpochReport] = []
+    setting = TrainConfig(
+        model=DeepAnTConfig(window=10), epochs=3, seed=3, command="tocsin train", created="2024-01-01T00:00:00Z"
+    )
+    source = TrainSeries("a.csv", wave(700), np.zeros(700, dtype=np.bool_), 300_000, sha256="cd" * 32)
+    bundle = train([source], setting, reports.append)
+    assert [report.epoch for report in reports] == [1, 2, 3] and reports[0].best
+    training = bundle.training
+    assert training.held_out_losses == tuple(report.held_out_loss for report in reports)
+    assert (training.epochs, training.seed, training.command) == (3, 3, "tocsin train")
+    assert (training.sources[0].name, training.sources[0].rows, training.sources[0].sha256) == (
+        "a.csv",
+        700,
+        "cd" * 32,
+    )
+    assert training.windows == 560 - 10 and bundle.interval_ms == 300_000
+
+
+def test_it_stops_when_the_held_out_error_does_not_fall() -> None:
+    noise = np.random.default_rng(0).normal(size=(800, 1))
+    setting = TrainConfig(model=DeepAnTConfig(window=10), epochs=60, patience=2, learning_rate=0.01)
+    training = train([series(noise)], setting).training
+    assert training.epochs < 60
+    assert training.best_epoch == training.epochs - 2
+    assert min(training.held_out_losses) == training.held_out_losses[training.best_epoch - 1]
+
+
+def test_a_diverged_training_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from models import train as module
+
+    monkeypatch.setattr(module, "standardise", lambda x, center, scale: np.full(x.shape, np.inf, dtype=np.float32))
+    with pytest.raises(ConfigError, match=r"diverged in epoch 1: loss nan.* learning rate below 0.001"):
+        train([series(wave(600))], config())
+
+
+def test_series_of_several_intervals_are_for_window_scaling_only() -> None:
+    mixed = [series(wave(600)), series(wave(600), interval_ms=300_000)]
+    with pytest.raises(ConfigError, match=r"intervals_ms=\[60000, 300000\] differ"):
+        train(mixed, config("train"))
+    assert train(mixed, config("window", epochs=1)).interval_ms is None
+
+
+@pytest.mark.parametrize("n", [0, 5, 11, 100])
+def test_too_little_data_is_refused_with_the_minimum(n: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^{n} points give .* about 138 points of one series"):
+        train([series(wave(n))], config())
+    assert train([series(wave(138))], config(epochs=1)).training.windows == 100
+
+
+def test_no_series_and_other_features_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no series"):
+        train([], config())
+    with pytest.raises(ConfigError, match=r"'wave.csv' has 2 features and the config 1"):
+        train([series(wave(600, 2))], config())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"batch": 0},
+        {"patience": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": NAN},
+        {"decay": -1.0},
+        {"clip_norm": math.inf},
+        {"held_out": 0.0},
+        {"held_out": 1.0},
+        {"longest_gap": -1},
+        {"windows_per_epoch": 10},
+    ],
+)
+def test_other_settings_are_refused_by_name(wrong: dict[str, float]) -> None:
+    ((name, _),) = wrong.items()
+    with pytest.raises(ConfigError, match=f"^{name}="):
+        TrainConfig(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "anomalous", "interval_ms", "message"),
+    [
+        (np.zeros(5), np.zeros(5, dtype=np.bool_), 1, r"\(N, F\) is needed"),
+        (np.zeros((5, 0)), np.zeros(5, dtype=np.bool_), 1, r"\(N, F\) is needed"),
+        (np.zeros((5, 1)), np.zeros(4, dtype=np.bool_), 1, r"\(5,\) bool is needed"),
+        (np.zeros((5, 1)), np.zeros(5), 1, "float64, and"),
+        (np.full((5, 1), np.inf), np.zeros(5, dtype=np.bool_), 1, "infinite"),
+        (np.zeros((5, 1)), np.zeros(5, dtype=np.bool_), 0, "interval_ms=0"),
+    ],
+)
+def test_other_columns_are_refused(
+    values: Float64, anomalous: NDArray[np.bool_], interval_ms: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainSeries("a", values, anomalous, interval_ms)
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+def test_short_gaps_are_filled_by_lines_and_long_ones_and_ends_are_not() -> None:
+    values = np.array([[NAN, 1, NAN, NAN, 4, NAN, NAN, NAN, 8, NAN], [0, NAN, 2, 3, 4, 5, 6, 7, 8, 9]]).T
+    filled = complete(values, 2)
+    np.testing.assert_array_equal(filled[:, 0], [NAN, 1, 2, 3, 4, NAN, NAN, NAN, 8, NAN])
+    np.testing.assert_array_equal(filled[:, 1], np.arange(10))
+    assert np.isnan(values[2, 0])  # the caller's array is his own
+    assert np.isnan(complete(np.full((4, 1), NAN), 9)).all()
+
+
+def test_usable_targets_against_a_plain_loop() -> None:
+    random = np.random.default_rng(4)
+    values = random.normal(size=(400, 2))
+    values[random.random((400, 2)) < 0.05] = NAN
+    one = series(values, random.random(400) < 0.02)
+    filled = complete(values, 1)
+    window = 10
+    expected = [
+        t
+        for t in range(window, 400)
+        if not np.isnan(filled[t - window : t]).any()
+        and not one.anomalous[t - window : t + 1].any()
+        and not np.isnan(values[t]).any()
+    ]
+    assert 20 < len(expected) < 380
+    assert usable_targets(one, filled, window).tolist() == expected
+    assert usable_targets(series(values[:10]), filled[:10], window).tolist() == []
