@@ -1,0 +1,172 @@
+"""Makes sure that topics exist, on a broker that may not be up yet; says why when it cannot be reached."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.conn import collect_hosts, create_conn
+from aiokafka.errors import (
+    AuthenticationFailedError,
+    IllegalSaslStateError,
+    KafkaError,
+    TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
+    UnsupportedSaslMechanismError,
+    for_code,
+)
+from aiokafka.protocol.metadata import MetadataRequest
+
+from stream.embedded import CLUSTER_ID
+from stream.errors import BrokerError
+
+_SETTING = "TOCSIN_KAFKA__BOOTSTRAP_SERVERS"
+_REQUEST_MS = 10_000
+_BACKOFF_S = (0.05, 1.0)  # first, last
+_PROBE_S = 5.0
+# What a second attempt does not mend: a person has to.
+_REFUSED = (AuthenticationFailedError, UnsupportedSaslMechanismError, IllegalSaslStateError)
+_EMBEDDED_CONFIGS = {"retention.ms": "-1"}  # the embedded broker takes a week-old record away within a second
+
+
+async def ensure_topics(
+    bootstrap_servers: str,
+    topics: Mapping[str, int],
+    *,
+    replication_factor: int = -1,
+    configs: Mapping[str, str] | None = None,
+    deadline_s: float = 30.0,
+    **client: Any,
+) -> dict[str, int]:
+    """Create the topics that do not exist; returns the number of partitions that each has.
+
+    A topic that exists is left as it is, with the partitions that it has, and needs no right to create. Without topics
+    it tells whether the broker can be reached.
+
+    Args:
+        bootstrap_servers: host:port,…
+        topics: name -> partitions of a topic to be created.
+        replication_factor: replicas of each; -1: the broker's default.
+        configs: topic settings of those created, e.g. {"retention.ms": "604800000"}.
+        deadline_s: how long to try, in seconds, while the broker cannot be reached or is not ready.
+        client: further options of aiokafka's clients (security).
+
+    Raises:
+        BrokerError: the broker cannot be reached in time or refuses; the message says why and names the setting.
+    """
+    started = time.monotonic()
+    pause_s = _BACKOFF_S[0]
+    while True:
+        admin = AIOKafkaAdminClient(
+            bootstrap_servers=bootstrap_servers, **{"request_timeout_ms": _REQUEST_MS, **client}
+        )  # anew each time: it does not find its way round a node that died
+        try:
+            remaining_s = max(deadline_s - (time.monotonic() - started), 0.1)
+            async with asyncio.timeout(remaining_s):
+                await admin.start()
+                return await _ensure(admin, topics, replication_factor, configs or {})
+        except (_Refused, KafkaError, OSError, TimeoutError, AssertionError, AttributeError) as e:
+            # The last two come from aiokafka on a broker that knows no controller or no node yet.
+            problem: Exception = e
+        finally:
+            with contextlib.suppress(KafkaError, OSError, TimeoutError):
+                await admin.close()
+        tried_s = time.monotonic() - started
+        if isinstance(problem, _Refused):
+            raise BrokerError(f"the broker at {bootstrap_servers} refuses {problem}") from problem.__cause__
+        refused, reason = await why_unreachable(bootstrap_servers, **client)
+        if refused or tried_s + pause_s >= deadline_s:
+            raise BrokerError(
+                f"cannot reach the broker at {bootstrap_servers} (tried for {tried_s:.1f} s): "
+                f"{reason or str(problem) or type(problem).__name__}; set {_SETTING} to the host:port of your Kafka"
+            ) from problem
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _BACKOFF_S[1])
+
+
+class _Refused(Exception):
+    """The broker understood, and will not."""
+
+
+async def _ensure(
+    admin: AIOKafkaAdminClient, topics: Mapping[str, int], replication_factor: int, configs: Mapping[str, str]
+) -> dict[str, int]:
+    cluster = await admin.describe_cluster()
+    if cluster["cluster_id"] == CLUSTER_ID:
+        replication_factor = max(replication_factor, 1)  # it knows no default
+        configs = {**_EMBEDDED_CONFIGS, **configs}
+    present = await _partitions(admin, topics)
+    missing = [
+        NewTopic(name, count, replication_factor, topic_configs=dict(configs))
+        for name, count in topics.items()
+        if name not in present
+    ]
+    if missing:
+        answer = await admin.create_topics(missing)
+        for name, code, message in answer.topic_errors:
+            error = for_code(code)
+            if not code or error is TopicAlreadyExistsError:  # another worker was first
+                continue
+            if error.retriable:
+                raise error(message)
+            raise _Refused(f"to create topic {name}: {message or error.description or error.__name__}") from error()
+    # A created topic is ready once each partition has a leader that answers for it.
+    while len(present) < len(topics):
+        await asyncio.sleep(_BACKOFF_S[0])
+        present = await _partitions(admin, topics)
+    return present
+
+
+async def _partitions(admin: AIOKafkaAdminClient, topics: Mapping[str, int]) -> dict[str, int]:
+    """Return the partitions of the topics that exist and are ready."""
+    if not topics:
+        return {}
+    present: dict[str, int] = {}
+    # Not `describe_topics`: it lets a broker that creates topics of itself do so, with one partition.
+    metadata = await admin._send_request(MetadataRequest(list(topics), allow_auto_topic_creation=False))
+    for topic in metadata.to_object()["topics"]:
+        error = for_code(topic["error_code"])
+        if topic["error_code"] == 0:
+            if all(partition["leader"] >= 0 for partition in topic["partitions"]):
+                present[topic["topic"]] = len(topic["partitions"])
+        elif error is not UnknownTopicOrPartitionError and not error.retriable:
+            raise _Refused(f"to describe topic {topic['topic']}: {error.description or error.__name__}") from error()
+    return present
+
+
+async def why_unreachable(bootstrap_servers: str, **client: Any) -> tuple[bool, str]:
+    """Return whether trying again is in vain, and the reason that aiokafka's clients only log.
+
+    Args:
+        bootstrap_servers: host:port,…
+        client: further options of aiokafka's clients (security).
+
+    Returns:
+        (False, "") if a server of the list lets us in.
+    """
+    options = {name: value for name, value in client.items() if name.startswith(("sasl_", "ssl_", "security_"))}
+    reasons: list[str] = []
+    in_vain = False
+    for host, port, _ in collect_hosts(bootstrap_servers):
+        try:
+            async with asyncio.timeout(_PROBE_S):
+                connection = await create_conn(host, port, request_timeout_ms=int(_PROBE_S * 1000), **options)
+        except Exception as e:  # whatever it is, it is what the user has to know
+            in_vain = in_vain or isinstance(e, _REFUSED)
+            reasons.append(f"{host}:{port}: {_plain(e)}")
+        else:
+            connection.close()
+            return False, ""
+    return in_vain, "; ".join(reasons)
+
+
+def _plain(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no answer within {_PROBE_S:g} s"
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    return str(error) or type(error).__name__
