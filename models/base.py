@@ -37,8 +37,11 @@ class Forecaster(Protocol):
     def features(self) -> int:
         """F, the metrics of one point."""
 
-    def forecast(self, history: Float64) -> Forecast:
-        """Forecast the point after each window; history is (B, W, F) float64 without NaN, oldest point first."""
+    def forecast(self, history: Float64, usual_step: Float64 | None = None) -> Forecast:
+        """Forecast the point after each window; history is (B, W, F) float64 without NaN, oldest point first.
+
+        usual_step is the mean absolute change from point to point over each series' life, (B, F), if it is known.
+        """
 
 
 def residual(value: Float64, forecast: Forecast) -> Float64:

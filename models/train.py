@@ -13,7 +13,7 @@ from models.base import Float64, score
 from models.checkpoint import Bundle, Source, Training
 from models.deepant import DeepAnT, DeepAnTConfig, Network, normalise, standardise
 from models.errors import ConfigError
-from models.windows import Int64, TrainSeries, complete, usable_targets
+from models.windows import Int64, TrainSeries, complete, usable_targets, usual_step
 
 __all__ = ["EpochReport", "TrainConfig", "TrainSeries", "train"]
 
@@ -82,6 +82,8 @@ class _Corpus:
     points: Float64  # (T, F), gaps filled
     train: Int64  # (n,), positions of the targets
     held_out: Int64  # (m,), ascending
+    starts: Int64  # (S,), where each series begins
+    usual_step: Float64  # (S, F), of the training part without labelled points
 
 
 def train(
@@ -102,7 +104,8 @@ def train(
 
     Returns:
         The model of the best epoch. Its calibration is the scores of the held-out windows by the served forward
-        pass, in the order of the series and oldest first, at most MOST_SCORES, evenly taken.
+        pass, in the order of the series and oldest first, at most MOST_SCORES, evenly taken; with scaling "window"
+        by the usual step of each series' training part, so that they have no unit.
 
     Raises:
         ConfigError: series of differing F or (with scaling "train") interval, too few windows, or the training
@@ -150,17 +153,26 @@ def _prepare(series: Sequence[TrainSeries], config: TrainConfig) -> tuple[_Corpu
         raise ConfigError(
             f"intervals_ms={intervals} differ; with scaling 'train' all series are of one KPI and interval"
         )
-    points, train_at, held_out_at, usable, start = [], [], [], [], 0
+    points, train_at, held_out_at, usable, starts, steps, start = [], [], [], [], [], [], 0
     for one in series:
         filled = complete(one.values, config.gap)
         split = len(filled) - math.ceil(config.held_out * len(filled))
         targets = usable_targets(one, filled, window)
         train_at.append(start + targets[targets < split])
         held_out_at.append(start + targets[targets >= split])
-        usable.append(one.values[:split][~one.anomalous[:split]])
+        normal = np.where(one.anomalous[:, None], np.nan, one.values)[:split]
+        usable.append(normal)
+        steps.append(usual_step(normal))
+        starts.append(start)
         points.append(filled)
         start += len(filled)
-    corpus = _Corpus(np.concatenate(points), np.concatenate(train_at), np.concatenate(held_out_at))
+    corpus = _Corpus(
+        np.concatenate(points),
+        np.concatenate(train_at),
+        np.concatenate(held_out_at),
+        np.array(starts),
+        np.array(steps),
+    )
     fewest_held_out = max(1, FEWEST // 4)
     if len(corpus.train) < FEWEST or len(corpus.held_out) < fewest_held_out:
         raise ConfigError(
@@ -273,10 +285,10 @@ def _held_out_loss(network: Network, corpus: _Corpus, center: Float64, scale: Fl
 def _calibrate(model: DeepAnT, corpus: _Corpus) -> NDArray[np.float32]:
     """Scores of the held-out windows as the service would give them, (n,) float32."""
     targets = corpus.held_out[:: math.ceil(len(corpus.held_out) / MOST_SCORES)]
-    scores = [
-        score(corpus.points[some], model.forecast(_histories(corpus, some, model.window)))
-        for some in _batches(targets, 4096)
-    ]
+    scores = []
+    for some in _batches(targets, 4096):
+        steps = corpus.usual_step[np.searchsorted(corpus.starts, some, side="right") - 1]
+        scores.append(score(corpus.points[some], model.forecast(_histories(corpus, some, model.window), steps)))
     largest = np.finfo(np.float32).max
     return np.minimum(np.concatenate(scores), largest).astype(np.float32)
 

@@ -78,3 +78,17 @@ def usable_targets(series: TrainSeries, filled: Float64, window: int) -> Int64:
     clean_history = counts[window:n] == counts[: n - window]  # of target window, window + 1, ..., n - 1
     target = ~np.isnan(series.values).any(axis=1) & ~series.anomalous
     return np.flatnonzero(clean_history & target[window:]) + window
+
+
+def usual_step(values: Float64) -> Float64:
+    """Mean absolute change from one point to the next, (F,) float64; NaN for a feature without two neighbours.
+
+    Args:
+        values: (N, F) float64, NaN where missing.
+    """
+    steps = np.abs(np.diff(values, axis=0))
+    known = ~np.isnan(steps)
+    count = known.sum(axis=0)
+    total = np.where(known, steps, 0.0).sum(axis=0)
+    mean: Float64 = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return mean

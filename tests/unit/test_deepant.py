@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.base import Float64, Forecast, Forecaster, contributions, score
-from models.deepant import INPUT_LIMIT, DeepAnT, DeepAnTConfig, Network, nearest_windows, normalise
+from models.deepant import INPUT_LIMIT, DeepAnT, DeepAnTConfig, Network, local_spread, nearest_windows, normalise
 from models.errors import ConfigError
 
 VALID = list(range(10, 131, 4))
@@ -129,15 +129,16 @@ def test_a_forecast_does_not_depend_on_the_batch(scaling: str, features: int) ->
     constants = {"center": np.full(features, 3.0), "scale": np.full(features, 2.0)} if scaling == "train" else {}
     served = model(30, features, scaling, **constants)
     x = np.random.default_rng(2).normal(3, 2, size=(600, 30, features))
-    whole = served.forecast(x)
+    steps = np.random.default_rng(3).exponential(size=(600, features))
+    whole = served.forecast(x, steps)
     for n in (1, 2, 3, 7, 8, 9, 31, 63, 64, 100, 255, 257, 599):
         for part in (slice(0, n), slice(600 - n, 600)):
-            some = served.forecast(x[part])
+            some = served.forecast(x[part], steps[part])
             np.testing.assert_array_equal(some.expected, whole.expected[part])
             np.testing.assert_array_equal(some.spread, whole.spread[part])
     strided = np.asfortranarray(x)[::2]  # another memory layout
-    np.testing.assert_array_equal(served.forecast(strided).expected, whole.expected[::2])
-    np.testing.assert_array_equal(served.forecast(strided).spread, whole.spread[::2])
+    np.testing.assert_array_equal(served.forecast(strided, steps[::2]).expected, whole.expected[::2])
+    np.testing.assert_array_equal(served.forecast(strided, steps[::2]).spread, whole.spread[::2])
 
 
 @given(
@@ -149,15 +150,32 @@ def test_a_forecast_does_not_depend_on_the_batch(scaling: str, features: int) ->
 def test_window_scaling_knows_no_unit(unit: float, shift: float, seed: int) -> None:
     served = model(30)
     x = np.random.default_rng(seed).normal(size=(4, 30, 1))
-    a, b = served.forecast(x), served.forecast((x + shift) * unit)
+    steps = np.array([[0.3], [2.0], [1e-2], [np.nan]])
+    a, b = served.forecast(x, steps), served.forecast((x + shift) * unit, steps * unit)
     np.testing.assert_allclose(b.expected / unit - shift, a.expected, atol=2e-5 * max(1, abs(shift) / 1e2))
     np.testing.assert_allclose(b.spread / unit, a.spread, rtol=1e-6)
+
+
+def test_local_spread_is_the_root_of_window_and_usual_step() -> None:
+    x = np.zeros((4, 10, 2))
+    x[:, ::2, 1] = 8.0  # steps of 8 in the second feature
+    usual = np.array([[2.0, 2.0], [0.0, 0.0], [np.nan, np.nan], [8.0, 1.0]])
+    spread = local_spread(x, usual)
+    np.testing.assert_allclose(spread[0], [2.0, np.sqrt(20.0)])
+    np.testing.assert_allclose(spread[2, 1], 8 * np.sqrt(2))
+    np.testing.assert_allclose(spread[3], [8.0, 3.0])
+    assert (spread > 0).all() and spread[1, 1] < 0.01
+
+
+def test_window_scaling_without_a_usual_step_scores_the_plain_error() -> None:
+    x = np.random.default_rng(0).normal(size=(5, 10, 1))
+    np.testing.assert_array_equal(model(10).forecast(x).spread, np.ones((5, 1)))
 
 
 @pytest.mark.parametrize("constant", [0.0, 1.0, -273.15, 1e-30, 1e30, -1e30, 0.1, 3e38])
 def test_a_flat_window_forecasts_its_value(constant: float) -> None:
     served = model(30)
-    forecast = served.forecast(np.full((3, 30, 1), constant))
+    forecast = served.forecast(np.full((3, 30, 1), constant), np.array([[0.0], [np.nan], [1.0]]))
     np.testing.assert_allclose(forecast.expected, constant, rtol=1e-5, atol=1e-90)
     assert np.isfinite(forecast.spread).all() and (forecast.spread > 0).all()
     again = score(np.full((3, 1), constant), forecast)
@@ -167,7 +185,7 @@ def test_a_flat_window_forecasts_its_value(constant: float) -> None:
 def test_float32_dust_on_a_flat_window_is_not_blown_up() -> None:
     dust = np.random.default_rng(0).choice([-1, 0, 1], size=(1, 30, 1)) * 2.0**-24
     x, _, _ = normalise(1000 * (1 + dust))
-    assert np.abs(x).max() < 0.2
+    assert np.abs(x).max() < 0.2  # two of the smallest steps of float32, in units of 2**-20
     signal, _, _ = normalise(1000 * (1 + 1e4 * dust))
     assert np.abs(signal).max() > 1  # a real deviation is
 

@@ -9,7 +9,7 @@ from models.base import score
 from models.deepant import DeepAnT, DeepAnTConfig
 from models.errors import ConfigError
 from models.train import EpochReport, TrainConfig, TrainSeries, train
-from models.windows import complete, usable_targets
+from models.windows import complete, usable_targets, usual_step
 
 Float64 = NDArray[np.float64]
 NAN = math.nan
@@ -120,6 +120,13 @@ def test_calibration_is_the_served_score_of_the_held_out_points() -> None:
     assert bundle.training.held_out_windows == len(targets)
 
 
+def test_pooled_calibration_has_no_unit() -> None:
+    small, large = series(wave(800)), series(wave(800) * 1e6)
+    alone = train([small, small], config("window", epochs=2)).calibration
+    mixed = train([small, large], config("window", epochs=2)).calibration
+    np.testing.assert_allclose(mixed, alone, rtol=1e-2, atol=1e-3)
+
+
 def test_progress_and_record() -> None:
     reports: list[EpochReport] = []
     setting = TrainConfig(
@@ -227,6 +234,12 @@ def test_short_gaps_are_filled_by_lines_and_long_ones_and_ends_are_not() -> None
     np.testing.assert_array_equal(filled[:, 1], np.arange(10))
     assert np.isnan(values[2, 0])  # the caller's array is his own
     assert np.isnan(complete(np.full((4, 1), NAN), 9)).all()
+
+
+def test_usual_step_skips_what_is_missing() -> None:
+    values = np.array([[0.0, NAN], [1.0, 5.0], [NAN, NAN], [7.0, 1.0], [4.0, NAN]])
+    np.testing.assert_array_equal(usual_step(values), [2.0, NAN])
+    assert np.isnan(usual_step(values[:1])).all()
 
 
 def test_usable_targets_against_a_plain_loop() -> None:
