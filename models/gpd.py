@@ -10,7 +10,7 @@ same bits alone and among 10,000 others.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,28 @@ _GOLDEN_STEPS = 40  # 0.618^40 = 4e-9 of a grid cell
 _INVERSE_GOLDEN = (5.0**0.5 - 1.0) / 2.0
 _SHAPE_NEAR_ZERO = 1e-5  # the derivatives divide by the shape; so near 0 they are taken at +-1e-5
 _MAX_SHAPE_STEP, _MAX_LOG_SCALE_STEP = 0.2, 0.7
+
+
+class TailFit(NamedTuple):
+    """A tail and how well it is known: the normal approximation of (shape, log scale), each (K,)."""
+
+    shape: Float64Array
+    scale: Float64Array
+    var_shape: Float64Array
+    covariance: Float64Array
+    var_log_scale: Float64Array
+
+    def hazard_variance(self, hazard: Float64Array) -> Float64Array:
+        """Return the variance of -log S at the excess where the fit has -log S = hazard."""
+        g = np.where(np.abs(self.shape) < _SHAPE_NEAR_ZERO, _SHAPE_NEAR_ZERO, self.shape)
+        by_log_scale = np.expm1(-g * hazard) / g  # -v
+        by_shape = (-by_log_scale - hazard) / g
+        return np.asarray(
+            by_shape**2 * self.var_shape
+            + 2.0 * by_shape * by_log_scale * self.covariance
+            + by_log_scale**2 * self.var_log_scale,
+            np.float64,
+        )
 
 
 def fit_gpd(excess: Float64Array, count: IntArray) -> tuple[Float64Array, Float64Array, Float64Array]:
@@ -68,7 +90,7 @@ def fit_gpd(excess: Float64Array, count: IntArray) -> tuple[Float64Array, Float6
         left_is_better = profile(high - width)[0] >= profile(low + width)[0]
         low, high = np.where(left_is_better, low, high - width), np.where(left_is_better, low + width, high)
     value, shape, scale = profile((low + high) / 2.0)
-    exponential = ~(value > -1.0)
+    exponential = ~(value > -1.0) | (count == 0)
     shape = np.where(exponential, 0.0, shape)
     scale = np.where(exponential, 1.0, scale) * mean
     loglik = n * (np.where(exponential, -1.0, value) - np.log(unit))
@@ -83,14 +105,15 @@ def refit_gpd(
     scale: Float64Array,
     *,
     iterations: int,
+    shape_mean: float,
     shape_spread: float,
-) -> tuple[Float64Array, Float64Array]:
-    """Return shape and scale of excesses that were only accepted up to a ceiling, by Newton steps from a start.
+) -> TailFit:
+    """Return the tail fit of excesses that were only accepted up to a ceiling, by Newton steps from a start.
 
-    Maximises sum[log f(Y_i) - log F(c_i)] - shape^2 / (2 shape_spread^2) over shape in [SHAPE_MIN, SHAPE_MAX]. The
-    second term undoes the truncation: SPOT never accepts an excess above z_q, so a plain fit sinks at every refit
-    and alarms ever more often. The third is a normal prior on the shape: with ten excesses the fit is nearly
-    exponential, with a hundred it is nearly maximum likelihood.
+    Maximises sum[log f(Y_i) - log F(c_i)] - (shape - shape_mean)^2 / (2 shape_spread^2) over shape in
+    [SHAPE_MIN, SHAPE_MAX]. The second term undoes the truncation: SPOT never accepts an excess above z_q, so a plain
+    fit sinks at every refit and alarms ever more often. The third is a normal prior on the shape: with ten excesses
+    the fit is nearly exponential, with a hundred it is nearly maximum likelihood.
 
     With h = -log S the cumulative hazard and v = y / (1 + shape y), y = Y / scale, every first and second
     derivative is a sum of h, v, v^2 (and their like at the ceilings): one logarithm an excess, one logarithm and one
@@ -102,7 +125,8 @@ def refit_gpd(
         count: excesses in use, at least 1, (K,).
         shape: where to start, (K,).
         scale: where to start, > 0, (K,).
-        iterations: Newton steps; 2 follow one new excess, 12 start from the exponential fit.
+        iterations: Newton steps; 2 follow one new excess, 8 start from the exponential fit.
+        shape_mean: mean of the prior.
         shape_spread: standard deviation of the prior.
 
     Source: models.md §4.6; derivatives pinned against numerical ones in tests/unit/test_gpd.py.
@@ -128,7 +152,7 @@ def refit_gpd(
                 (by_shape, by_scale, a, b, d), _ceiling_derivatives(ceiling, truncated, g, scale), strict=True
             ):
                 total += part
-        by_shape = by_shape - precision * shape
+        by_shape = by_shape - precision * (shape - shape_mean)
         a = a + precision
 
         # -Hessian [[a, b], [b, d]]; where it is not safely positive definite, Fisher's information of a full sample
@@ -139,10 +163,9 @@ def refit_gpd(
         b = np.where(safe, b, information / (1.0 + bounded))
         d = np.where(safe, d, information)
         held = ((shape <= SHAPE_MIN) & (by_shape < 0)) | ((shape >= SHAPE_MAX) & (by_shape > 0))
-        b = np.where(held, 0.0, b)
         determinant = a * d - b * b
         step_shape = np.where(held, 0.0, (d * by_shape - b * by_scale) / determinant)
-        step_scale = (a * by_scale - b * by_shape) / determinant
+        step_scale = np.where(held, by_scale / d, (a * by_scale - b * by_shape) / determinant)
         shrink = 1.0 / np.maximum(
             1.0, np.maximum(np.abs(step_shape) / _MAX_SHAPE_STEP, np.abs(step_scale) / _MAX_LOG_SCALE_STEP)
         )
@@ -151,7 +174,44 @@ def refit_gpd(
 
     shape = np.clip(shape, SHAPE_MIN, SHAPE_MAX)
     scale = np.maximum(np.clip(scale, scale_min, scale_max), -1.001 * shape * top)
-    return shape, scale
+    return TailFit(shape, scale, d / determinant, -b / determinant, a / determinant)
+
+
+def outlier_limit(excess: Float64Array, risk: float, *, shape_mean: float, shape_spread: float) -> Float64Array:
+    """Return, for each row, the excess that a clean tail passes anywhere only with probability of about `risk`.
+
+    The tail is fitted to the lower half of the excesses, truncated at their median, which up to half outliers cannot
+    reach; the limit is the (1 - risk / count) quantile, raised by the doubt in so small a fit. Measured on 250 clean
+    scores at risk 0.01: passed in 0.5 % of normal, 3 % of exponential, 7 % of shape-0.2 samples.
+
+    Args:
+        excess: score - t; 0 in unused columns, at least two others in a row, (K, M).
+        risk: of a whole row.
+        shape_mean: mean of the prior of `refit_gpd`.
+        shape_spread: standard deviation of that prior.
+    """
+    size = excess.shape[-1]
+    used = excess > 0
+    count = used.sum(axis=-1)
+    middle = np.take_along_axis(np.sort(excess, axis=-1), (size - count + count // 2)[:, None], axis=-1)  # (K, 1)
+    lower = used & (excess < middle)
+    equals = lower.sum(axis=-1) == 0
+    lower |= used & (excess == middle) & equals[:, None]
+    n = lower.sum(axis=-1)
+    kept = np.where(lower, excess, 0.0)
+    fit = refit_gpd(
+        kept,
+        np.where(lower, middle, np.inf),
+        n,
+        np.zeros(n.shape),
+        kept.sum(axis=-1) / n,
+        iterations=8,
+        shape_mean=shape_mean,
+        shape_spread=shape_spread,
+    )
+    hazard = np.log(count / risk)
+    hazard = hazard + np.minimum(fit.hazard_variance(hazard) / 2.0, hazard)
+    return tail_quantile(np.exp(-hazard), peak_threshold=0.0, shape=fit.shape, scale=fit.scale, mass=1.0)
 
 
 def _derivatives(
@@ -183,11 +243,12 @@ def _ceiling_derivatives(
     """Return what -sum log F(ceiling) adds to the five terms of `_derivatives`."""
     g = g[:, None]
     y = ceiling / scale[:, None]
-    inside = 1.0 + g * y
-    weight = truncated & (inside > 1e-9)  # beyond the end of the support F is 1
-    np.copyto(inside, 1.0, where=~weight)
-    h = np.log(inside)
+    gy = g * y
+    weight = truncated & (gy > -1.0 + 1e-9)  # beyond the end of the support F is 1
+    np.copyto(gy, 0.0, where=~weight)
+    h = np.log1p(gy)
     h /= g
+    inside = 1.0 + gy
     survival = np.exp(-h)
     np.copyto(survival, 0.0, where=~weight)
     rho = survival / (1.0 - np.where(weight, survival, 0.0))  # S / F

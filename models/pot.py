@@ -13,7 +13,19 @@ A row goes through three phases:
   ring holds the highest scores of the recent past, and the row grows again from those.
 
 A score is judged by the threshold in force before it. An anomaly changes nothing but the count of alarms, so a
-burst cannot raise the threshold; what that truncates is put right in the fit (`models.gpd.refit_gpd`).
+burst cannot raise the threshold; what that truncates is put right in the fit (`models.gpd.refit_gpd`). z_q is the
+predictive quantile: the fit is uncertain, and the expected alarm rate, not the likeliest, is to be q. Outliers of
+calibration are left out, if fewer than 1 - level of all.
+
+Realised alarm rate / q with the defaults (128 excesses, start after 250 scores): median [5 %, 95 %] of 64 series of
+40,000 clean scores; and the share of gross anomalies found at 0.5 % contamination, calibration included:
+
+    q      |normal|         normal           exponential      GPD, shape 0.2   found
+    1e-3   0.69 [0.4, 1.2]  0.73 [0.4, 1.2]  0.93 [0.6, 1.4]  1.48 [1.0, 2.1]  > 0.997
+    1e-4   0.75 [0.0, 2.0]  0.75 [0.0, 2.3]  0.75 [0.3, 2.0]  1.38 [0.5, 3.0]  > 0.997
+
+Measured 2026 on one core with 10,000 rows, per row and step: 0.015 us when nothing is above t, 0.15-0.25 us at 2 %
+excesses, 1 us over the first 400 scores of a row; a row starts in 40 us.
 """
 
 from __future__ import annotations
@@ -32,6 +44,7 @@ from models.gpd import (
     Float64Array,
     IntArray,
     fit_gpd,
+    outlier_limit,
     refit_gpd,
     tail_probability,
     tail_quantile,
@@ -44,11 +57,12 @@ AnyArray: TypeAlias = npt.NDArray[Any]
 
 _CALIBRATING, _GROWING, _RING = 0, 1, 2
 _NEVER: Final = 2**62
-_SHAPE_SPREAD = 0.2  # prior of the shape: N(0, 0.2^2), the range that scores of our models show
+_SHAPE_MEAN, _SHAPE_SPREAD = 0.05, 0.2  # normal prior of the shape
 _FEW = 10  # excesses below which the fit is not believed alone: z_q also lies above all that was seen
 _MIN_MASS_RATIO = 4.0  # tail mass is taken as at least 4 q, so that z_q lies above t even with no excess at all
+_CLEAN = 0.01  # chance that a clean exponential tail loses a calibration score as an outlier
 _DRIFT = 4.0  # excesses this many times as often as the level says: t is out of date
-_COLD_ITERATIONS, _MOVED_ITERATIONS, _WARM_ITERATIONS = 12, 4, 2  # Newton steps: first fit, new t, one new excess
+_COLD_ITERATIONS, _MOVED_ITERATIONS, _WARM_ITERATIONS = 8, 4, 2  # Newton steps: first fit, new t, one new excess
 _CHUNK = 256  # rows fitted at once: what they need stays in the processor's cache
 
 
@@ -216,10 +230,9 @@ class Spot:
                 over = over[((np.arange(size) + 0.5) * (len(over) / size)).astype(np.int64)]
                 over = over[_scrambled(size)]  # the ring forgets in this order
             n_excess = len(over)
-            state = {"phase": _RING, "held": n_excess, "cursor": n_excess % size, "due": _NEVER, "t": t}
-            state |= {"n": n, "mark": n if n_excess == size else 0, "n_excess": n_excess, "low": x.min()}
+            state = {"phase": _RING, "held": n_excess, "due": _NEVER, "t": t}
+            state |= {"n": n, "low": x.min()}
             one._state["peaks"][0, :n_excess] = over
-            one._bar[0] = t
         else:
             kept = np.sort(np.argsort(-x, kind="stable")[:size])
             state = {"held": len(kept), "n": n, "low": x.min()}
@@ -228,6 +241,12 @@ class Spot:
             one._state[name][0] = value
         only = np.zeros(1, np.int64)
         if one._state["phase"][0] == _RING:
+            one._drop_outliers(only, one._state["t"][only])
+            held = one._state["held"][only]
+            one._state["n_excess"][only] = held
+            one._state["cursor"][only] = held % size
+            one._state["mark"][only] = np.where(held == size, one._state["n"][only], 0)
+            one._set_bar(only)
             one._fit(only, _COLD_ITERATIONS)
         else:
             one._set_peak_threshold(only)
@@ -315,9 +334,10 @@ class Spot:
     def _probability(self, rows: IntArray, x: Float64Array, anomaly: BoolArray) -> Float64Array:
         """Return the tail probability of scores above t, <= q exactly for the anomalies in spite of rounding."""
         s, q = self._state, self.config.q
-        p = tail_probability(
-            x, peak_threshold=s["t"][rows], shape=s["shape"][rows], scale=s["scale"][rows], mass=s["mass"][rows]
-        )
+        t, shape, mass = s["t"][rows], s["shape"][rows], s["mass"][rows]
+        unit = tail_quantile(q, peak_threshold=0.0, shape=shape, scale=1.0, mass=mass)
+        # the scale at which the fitted tail meets z_q at q: z_q lies above the plain quantile, for doubt in the fit
+        p = tail_probability(x, peak_threshold=t, shape=shape, scale=(s["z"][rows] - t) / unit, mass=mass)
         return np.where(anomaly, np.minimum(p, q), np.maximum(p, np.nextafter(q, 1.0)))
 
     def _store_in_ring(self, rows: IntArray, x32: npt.NDArray[np.float32]) -> None:
@@ -383,16 +403,20 @@ class Spot:
 
     def _set_peak_threshold(self, rows: IntArray) -> None:
         """Set t to the exact quantile of all scores so far, and fit anew; final once n is full."""
+        for start in range(0, len(rows), _CHUNK):
+            self._set_peak_threshold_chunk(rows[start : start + _CHUNK])
+
+    def _set_peak_threshold_chunk(self, rows: IntArray) -> None:
         s, size, config = self._state, self.config.max_excess, self.config
+        first = s["t"][rows] == np.inf
+        if first.any():
+            self._drop_outliers(rows[first], self._exact_quantile(rows[first]))
         n = s["n"][rows]
-        k = np.floor(n * (1 - config.level) + 1e-6).astype(np.int64)
-        final = k >= size - 1
-        k = np.clip(k, config.min_excess, size - 1)
+        t = self._exact_quantile(rows)[:, None]
+        final = n >= config.n_full
         peaks = s["peaks"][rows]
-        t = np.take_along_axis(np.sort(peaks, axis=-1), (size - 1 - k)[:, None], axis=-1)  # (K, 1)
         excess = peaks > t
         count = excess.sum(axis=-1)
-        first = s["t"][rows] == np.inf
         # a tail over t is one over a higher t too, of the same shape and a scale that moves with it
         moved = s["scale"][rows] + s["shape"][rows] * (t[:, 0] - np.where(first, 0.0, s["t"][rows]))
         s["scale"][rows] = np.where(first, 0.0, np.maximum(moved, 0.0))
@@ -412,6 +436,40 @@ class Spot:
         self._set_bar(rows)
         self._fit(rows[first], _COLD_ITERATIONS)
         self._fit(rows[~first], _MOVED_ITERATIONS)
+
+    def _exact_quantile(self, rows: IntArray) -> npt.NDArray[np.float32]:
+        """Return the (k+1)-th highest score, k the excesses that n scores should have."""
+        s, size, config = self._state, self.config.max_excess, self.config
+        k = np.floor(s["n"][rows] * (1 - config.level) + 1e-6).astype(np.int64)
+        k = np.minimum(np.clip(k, config.min_excess, size - 1), s["held"][rows].astype(np.int64) - 1)
+        ascending = np.sort(s["peaks"][rows], axis=-1)
+        return np.asarray(np.take_along_axis(ascending, (size - 1 - k)[:, None], axis=-1)[:, 0], np.float32)
+
+    def _drop_outliers(self, rows: IntArray, t: npt.NDArray[np.float32]) -> None:
+        """Take gross outliers out of calibration, as alarms would be later, and note the ceiling that this makes.
+
+        If more scores stand out than share 1 - level of all, they are a habit of the series, and stay.
+        """
+        s, size = self._state, self.config.max_excess
+        peaks = s["peaks"][rows]
+        excess = np.where(peaks > t[:, None], peaks.astype(np.float64) - t[:, None], 0.0)
+        enough = np.count_nonzero(excess, axis=-1) >= _FEW
+        rows, t, excess = rows[enough], t[enough], excess[enough]
+        limit = outlier_limit(excess, _CLEAN, shape_mean=_SHAPE_MEAN, shape_spread=_SHAPE_SPREAD)
+        cap = (t + limit).astype(np.float32)
+        out = s["peaks"][rows] > cap[:, None]
+        dropped = out.sum(axis=-1)
+        some = (dropped > 0) & (dropped <= s["n"][rows] * (1 - self.config.level) + 1e-6)
+        rows, out, dropped, cap = rows[some], out[some], dropped[some], cap[some]
+        if not len(rows):
+            return
+        order = np.argsort(out | (s["peaks"][rows] == -np.inf), axis=-1, kind="stable")
+        held = s["held"][rows] - dropped
+        unused = np.arange(size) >= held[:, None]
+        s["peaks"][rows] = np.where(unused, -np.inf, np.take_along_axis(s["peaks"][rows], order, axis=-1))
+        s["ceilings"][rows] = np.where(unused, np.inf, cap[:, None])
+        s["held"][rows] = held
+        s["n"][rows] -= dropped
 
     def _fit(self, rows: IntArray, iterations: int) -> None:
         """Set shape, scale, tail mass and z_q from the excesses held; start from the present fit, if any."""
@@ -435,24 +493,27 @@ class Spot:
         safe = np.where(width > 0, width, 1.0)
         excess[~some, 0] = safe[~some]  # a stand-in, so that the fit is defined; z_q does not use it
         mean = excess.sum(axis=-1) / np.maximum(count, 1)
-        shape, scale = refit_gpd(
+        fit = refit_gpd(
             excess,
             ceiling,
             np.maximum(count, 1),
             s["shape"][rows],
             np.where(s["scale"][rows] > 0, s["scale"][rows], mean),
             iterations=iterations,
+            shape_mean=_SHAPE_MEAN,
             shape_spread=_SHAPE_SPREAD,
         )
         mass = (n_excess / s["n"][rows]) * (1 - q) + q  # alarms are not in n; they are q of all
         mass = np.minimum(np.maximum(mass, _MIN_MASS_RATIO * q), 1.0)
-        reach = tail_quantile(q, peak_threshold=0.0, shape=shape, scale=scale, mass=mass)
-        floor = np.where(count < _FEW, top + width, 0.0)
-        stretch = np.where(some, np.maximum(1.0, floor / reach), width / reach)
-        s["shape"][rows] = shape
-        s["scale"][rows] = scale * stretch
+        hazard = np.log(mass / q)
+        doubt = fit.hazard_variance(hazard) + 1.0 / np.maximum(n_excess, 1)
+        hazard = hazard + np.minimum(doubt / 2.0, hazard)
+        reach = tail_quantile(np.exp(-hazard), peak_threshold=0.0, shape=fit.shape, scale=fit.scale, mass=1.0)
+        reach = np.where(count < _FEW, np.maximum(reach, top + width), reach)
+        s["shape"][rows] = fit.shape
+        s["scale"][rows] = fit.scale
         s["mass"][rows] = mass
-        s["z"][rows] = t + reach * stretch
+        s["z"][rows] = t + np.where(some, reach, width)
 
     def _count_alarms(self, rows: IntArray, anomaly: BoolArray) -> None:
         """Start a row anew when it has alarmed for so long that what alarms is the new normal."""
@@ -486,7 +547,7 @@ def _validate(packed: AnyArray, size: int) -> None:
     checks: tuple[tuple[str, Any], ...] = (
         ("phase", phase <= _RING),
         ("n", (n >= 0) & (n < _NEVER)),
-        ("held", (held <= size) & (held <= n) & (ring | (held == np.minimum(n, size)))),
+        ("held", (held <= size) & (held <= n) & (ring | (held >= np.minimum(n, size // 2)))),
         ("cursor", np.where(ring, f["cursor"] < size, f["cursor"] == 0)),
         ("n_excess", (n_excess <= n) & np.where(ring, (n_excess >= held) & (held == above), n_excess == above)),
         ("due", (f["due"] > 0) & (f["due"] <= _NEVER)),
