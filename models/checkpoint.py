@@ -116,6 +116,7 @@ class _Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Scaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     center: list[float]
     scale: list[float]
+    usual_step: list[float] | None = None
 
 
 class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -303,7 +304,10 @@ def _read(path: Path, name: str, version: int) -> Checkpoint:
     weights = _safetensors(path / WEIGHTS, content[WEIGHTS])
     network = _network(path / WEIGHTS, shape, weights)
     try:
-        model = DeepAnT(shape, network, np.array(config.scaling.center), np.array(config.scaling.scale))
+        scaling = config.scaling
+        model = DeepAnT(
+            shape, network, np.array(scaling.center), np.array(scaling.scale), _constants(scaling.usual_step)
+        )
     except ConfigError as error:
         raise CheckpointError(f"{path / CONFIG}: {error}; restore it or train again") from error
     scores = _scores(path / CALIBRATION, content[CALIBRATION])
@@ -431,7 +435,11 @@ def _files(name: str, bundle: Bundle) -> dict[str, bytes]:
         format=FORMAT,
         family=model.family,
         model=_Shape(**{field: getattr(model.config, field) for field in _Shape.__struct_fields__}),
-        scaling=_Scaling(model.center.tolist(), model.scale.tolist()),
+        scaling=_Scaling(
+            model.center.tolist(),
+            model.scale.tolist(),
+            None if model.usual_step is None else model.usual_step.tolist(),
+        ),
         interval_ms=bundle.interval_ms,
         training=bundle.training,
         sha256={file: hashlib.sha256(content[file]).hexdigest() for file in FILES},

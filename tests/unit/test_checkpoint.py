@@ -36,7 +36,11 @@ from models.errors import CheckpointError, ConfigError
 def bundle(seed: int = 0, window: int = 10, features: int = 1, scaling: str = "train") -> Bundle:
     torch.manual_seed(seed)
     config = DeepAnTConfig(window=window, features=features, scaling=scaling)  # type: ignore[arg-type]
-    constants = {"center": np.full(features, 0.1), "scale": np.full(features, 1 / 3)} if scaling == "train" else {}
+    constants = (
+        {"center": np.full(features, 0.1), "scale": np.full(features, 1 / 3), "usual_step": np.full(features, 0.7)}
+        if scaling == "train"
+        else {}
+    )
     training = Training(
         sources=(Source("a.csv", 100, "ab" * 32),),
         seed=seed,
@@ -76,6 +80,7 @@ def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path: Path, features: int, 
     assert loaded.calibration.dtype == np.float32
     x = history(14, features)
     np.testing.assert_array_equal(loaded.model.forecast(x).expected, saved.model.forecast(x).expected)
+    np.testing.assert_array_equal(loaded.model.forecast(x).spread, saved.model.forecast(x).spread)
 
 
 def test_the_card_and_config_are_for_people_too(tmp_path: Path) -> None:
@@ -83,7 +88,7 @@ def test_the_card_and_config_are_for_people_too(tmp_path: Path) -> None:
     card = (path / CARD).read_text()
     assert "4,593 parameters" in card and "a.csv" in card and "ab" * 32 in card and "epoch 1 kept" in card
     config = json.loads((path / CONFIG).read_text())
-    assert config["scaling"] == {"center": [0.1], "scale": [1 / 3]}
+    assert config["scaling"] == {"center": [0.1], "scale": [1 / 3], "usual_step": [0.7]}
     assert config["sha256"][WEIGHTS] == hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()
 
 
@@ -203,9 +208,10 @@ def test_a_missing_file_is_named(tmp_path: Path, file: str) -> None:
         ("format", "1", "Expected `int`"),
         ("family", "lstm", "family 'lstm' is not known; known: deepant"),
         ("surprise", 1, "unknown field `surprise`"),
-        ("scaling", {"center": [0.0, 1.0], "scale": [1.0]}, "center=.* must be 1 finite numbers"),
-        ("scaling", {"center": [0.0], "scale": [0.0]}, "scale=.* must be above 0"),
-        ("scaling", {"center": [None], "scale": [1.0]}, "Expected `float`"),
+        ("scaling", {"center": [0.0, 1.0], "scale": [1.0], "usual_step": None}, "center=.* must be 1 finite numbers"),
+        ("scaling", {"center": [0.0], "scale": [0.0], "usual_step": None}, "scale=.* must be above 0"),
+        ("scaling", {"center": [None], "scale": [1.0], "usual_step": None}, "Expected `float`"),
+        ("scaling", {"center": [0.0], "scale": [1.0], "usual_step": [-1.0]}, "usual_step=.* must be at least 0"),
         ("interval_ms", 0, "interval_ms=0"),
         ("sha256", {}, "config.json says None"),
     ],
