@@ -23,7 +23,9 @@ from stream.sample import Sample
 BATCH_POINTS = 10_000
 
 
-def run(detector: Detector, points: Points, *, want_scores: bool = False, first: int = 0) -> Iterator[tuple[int, Result]]:
+def run(
+    detector: Detector, points: Points, *, want_scores: bool = False, first: int = 0
+) -> Iterator[tuple[int, Result]]:
     """Feed points to a detector, a batch at a time; yields how many have gone in, and what came of the batch.
 
     Args:
@@ -59,7 +61,9 @@ def training_series(points: Points, interval_ms: int = 0, digests: dict[str, str
         time, value, label = points.timestamp_ms[own], points.value[own], points.label[own]
         distinct = np.unique(time)
         if len(distinct) < grid.PROBE_POINTS:
-            raise InputError(f"{name}: {len(distinct)} points with a value; training needs at least {grid.PROBE_POINTS}")
+            raise InputError(
+                f"{name}: {len(distinct)} points with a value; training needs at least {grid.PROBE_POINTS}"
+            )
         inferred, phase = grid.infer_interval(distinct[None, : grid.PROBE_POINTS])
         interval = interval_ms or int(inferred[0])
         origin = int(time[0]) if interval_ms else int(phase[0])

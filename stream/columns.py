@@ -13,6 +13,7 @@ BoolArray = npt.NDArray[np.bool_]
 Int8Array = npt.NDArray[np.uint8]
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+UInt64Array = npt.NDArray[np.uint64]
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
@@ -44,14 +45,15 @@ class SeriesIndex(dict[str, int]):
 def name_problem(name: object) -> str | None:
     """Say why something cannot be a series name, or None when it can.
 
-    Control characters are refused because the store keeps its own fields under names that hold one.
+    Unprintable characters are refused because nobody could type them, and because the store keeps its own fields
+    under names that hold a control character.
     """
     if not isinstance(name, str):
         return "no series name: the record needs `kpi` (a string)"
     if not name or name.isspace():
         return "the series name is empty"
     if not name.isprintable():
-        return f"the series name {name[:40]!r} holds a control character"
+        return f"the series name {name[:40]!r} holds a control character or one that cannot be shown"
     if len(name.encode("utf-8", "surrogatepass")) > NAME_BYTES_MAX:
         return f"the series name {name[:40]!r}… is longer than {NAME_BYTES_MAX} bytes"
     return None

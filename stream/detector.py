@@ -1,6 +1,6 @@
 """The core: points in, anomaly events out. No I/O, no clock, no logging; the live worker and the back-test share it.
 
-One batch goes one straight path: grid -> waves -> window, completion and forward pass -> threshold -> incident -> event.
+One batch goes one straight path: grid -> waves -> window, completion, forward pass -> threshold -> incident -> event.
 A wave holds at most one cell of each series, so that everything in it is done on whole columns. Batches are only a
 matter of speed: cut differently, or with a snapshot and a restore between two of them, they give the same events.
 """
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 
+import msgspec
 import numpy as np
 
 from models.base import Forecast, Forecaster
 from models.base import score as score_of
-from models.pot import Outcome, PotConfig, Spot
+from models.pot import Outcome, PotConfig, Spot, Step
 from stream import grid
 from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array, SeriesIndex
 from stream.events import (
@@ -30,6 +31,7 @@ from stream.events import (
     incident_id,
     iso_time,
     make_event,
+    rounded_to,
     significant,
 )
 from stream.incidents import Action, IncidentPolicy, Incidents, severity_of
@@ -125,6 +127,19 @@ class _Steps:
     ends: Int64Array
 
 
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """Points of a wave, (K,), with what was expected of them and how they were judged."""
+
+    slot: Int32Array
+    timestamp_ms: Int64Array
+    value: Float64Array
+    forecast: Forecast
+    score: Float64Array
+    step: Step
+    learned: Int64Array  # cells of the window that hold the value that arrived
+
+
 class Detector:
     """The series that share one model and one policy.
 
@@ -186,11 +201,8 @@ class Detector:
             for end in steps.ends.tolist():
                 self._wave(steps, slice(begin, end), result, want_scores)
                 begin = end
-        order = np.argsort(result.event_rows, kind="stable")
-        result.events = [result.events[i] for i in order]
-        result.event_rows = [result.event_rows[i] for i in order]
         self.counts.events += len(result.events)
-        return result
+        return _in_order(result)
 
     def make_room(self, series: int) -> None:
         """Grow the arrays to hold so many series."""
@@ -236,7 +248,7 @@ class Detector:
         new = np.zeros(len(held), np.bool_)
         new[_first_of_each(held)] = True
         distinct = np.cumsum(new)
-        distinct -= np.repeat(distinct[start] - 1, length)
+        distinct = distinct - np.repeat(distinct[start] - 1, length)
         in_probe = (distinct < grid.PROBE_POINTS) | (new & (distinct == grid.PROBE_POINTS))
         decided = np.repeat(distinct[start + length - 1] >= grid.PROBE_POINTS, length)
 
@@ -330,8 +342,10 @@ class Detector:
             history, learned = self.windows.history(slot[full], cell[full])
             forecast = self.model.forecast(history)
             expected[full] = forecast.expected
-            share = learned.mean(axis=1)
-            scorable = np.flatnonzero(observed[full] & (share >= self.config.min_observed))
+            enough = learned.mean(axis=1) >= self.config.min_observed
+            if not enough.all():  # flagged values are not learned, but they did arrive: a long incident stays judged
+                enough = self.windows.arrived(slot[full]) >= self.config.min_observed
+            scorable = np.flatnonzero(observed[full] & enough)
             self.counts.completed += int(len(full) - observed[full].sum())
             if len(scorable):
                 which = full[scorable]
@@ -361,10 +375,11 @@ class Detector:
     ) -> None:
         inside = self.windows.overwrite(slot, cell, value[:, None])
         for i in np.flatnonzero(~inside).tolist():
-            newest = self.phase_ms[slot[i]] + self.windows.newest[slot[i]] * self.interval_ms[slot[i]]
+            s = int(slot[i])
+            oldest = self.windows.newest[s] - self.windows.filled[s] + 1
             detail = (
-                f"the point of {iso_time(int(timestamp_ms[i]))} is older than the window of its series "
-                f"(newest {iso_time(int(newest))}, {self.model.window} cells)"
+                f"the point of {self.index.names[s]!r} at {iso_time(int(timestamp_ms[i]))} is older than the window, "
+                f"which begins at {iso_time(int(self.phase_ms[s] + oldest * self.interval_ms[s]))}"
             )
             result.rejects.append(Reject(int(row[i]), "too_late", detail))
             self.counts.too_late += 1
@@ -394,20 +409,21 @@ class Detector:
         self.counts.scored += len(which)
         outcome = step.outcome
         anomalous = outcome == Outcome.ANOMALY
-        ratio = _ratio(score, step.threshold)
-        severity = severity_of(step.probability, self.config.pot.q)
-        action = self.incidents.step(s, time, anomalous, severity, ratio, x)
+        action = np.full(len(s), Action.NONE, np.uint8)
+        known = np.flatnonzero(outcome != Outcome.WARMING)  # without a threshold a point says nothing of an incident
+        ratio = _ratio(score[known], step.threshold[known])
+        severity = severity_of(step.probability[known], self.config.pot.q)
+        action[known] = self.incidents.step(s[known], time[known], anomalous[known], severity, ratio, x[known])
+        for i in np.flatnonzero(action == Action.OPENED).tolist():
+            self.incidents.id[s[i]] = incident_id(self.index.names[s[i]], int(time[i]), self.model_ref)
         if (accepted := action == Action.ACCEPTED).any():
             self.windows.accept_actual(s[accepted])
             outcome = np.where(accepted, np.uint8(Outcome.NORMAL), outcome)
         judged[which] = outcome
         self.counts.flagged += int((outcome == Outcome.ANOMALY).sum())
+        point = _Judged(s, time, x, forecast, score, step, learned.sum(axis=1))
         for i in np.flatnonzero(action).tolist():
-            data = self._event_data(
-                int(s[i]), int(time[i]), float(x[i]), float(forecast.expected[i, 0]), float(forecast.spread[i, 0]), float(score[i]),
-                float(step.threshold[i]), float(step.probability[i]), int(learned[i].sum()), Action(action[i]),
-            )  # fmt: skip
-            result.events.append(self._event(Action(action[i]), int(time[i]), data))
+            result.events.append(self._event(point, i, Action(action[i])))
             result.event_rows.append(int(row[which[i]]))
         scores = np.full((3, len(slot)), np.nan)
         scores[:, which] = score, step.threshold, step.probability
@@ -415,68 +431,73 @@ class Detector:
 
     # -- events ---------------------------------------------------------------------------------------------------
 
-    def _event_data(
-        self,
-        slot: int,
-        timestamp_ms: int,
-        value: float,
-        expected: float,
-        spread: float,
-        score: float,
-        threshold: float,
-        probability: float,
-        learned: int,
-        action: Action,
-    ) -> EventData:
-        incidents = self.incidents
-        opened_ms = int(incidents.opened_ms[slot])
-        name = self.index.names[slot]
-        ended = action in (Action.RESOLVED, Action.ACCEPTED)
-        return EventData(
-            kpi=name,
-            incident=incident_id(name, opened_ms, self.model_ref),
+    def _event(self, point: _Judged, i: int, action: Action) -> Event:
+        incidents, slot = self.incidents, int(point.slot[i])
+        time, opened = int(point.timestamp_ms[i]), int(incidents.opened_ms[slot])
+        expected, threshold = float(point.forecast.expected[i, 0]), float(point.step.threshold[i])
+        width = threshold * float(point.forecast.spread[i, 0])
+        data = EventData(
+            kpi=self.index.names[slot],
+            incident=f"{int(incidents.id[slot]):016x}",
             severity=SEVERITIES[int(incidents.severity[slot]) - 1],
             model=self.model_ref,
-            opened=iso_time(opened_ms),
+            opened=iso_time(opened),
             anomalies=int(incidents.anomalies[slot]),
-            value=value,
-            expected=significant(expected),
-            lower=significant(expected - threshold * spread),
-            upper=significant(expected + threshold * spread),
-            score=significant(score),
+            value=float(point.value[i]),
+            expected=rounded_to(width, expected),
+            lower=rounded_to(width, expected - width),
+            upper=rounded_to(width, expected + width),
+            score=significant(float(point.score[i])),
             threshold=significant(threshold),
-            ratio=significant(float(_ratio(score, threshold))),
-            probability=significant(probability),
-            window=WindowInfo(self.model.window, self.model.window - learned),
-            reason={Action.RESOLVED: "recovered", Action.ACCEPTED: "accepted"}.get(action, ""),
-            last_anomaly=iso_time(int(incidents.last_ms[slot])) if ended else "",
-            duration_s=(timestamp_ms - opened_ms) / 1000 if ended else 0.0,
-            peak=Peak(
-                iso_time(int(incidents.peak_ms[slot])),
-                float(incidents.peak_value[slot]),
-                significant(float(incidents.peak_ratio[slot])),
-            )
-            if ended
-            else None,
+            ratio=significant(float(_ratio(point.score[i], threshold))),
+            probability=significant(float(point.step.probability[i])),
+            window=WindowInfo(self.model.window, self.model.window - int(point.learned[i])),
         )
-
-    def _event(self, action: Action, timestamp_ms: int, data: EventData) -> Event:
+        if action in (Action.RESOLVED, Action.ACCEPTED):
+            data = msgspec.structs.replace(
+                data,
+                reason="recovered" if action == Action.RESOLVED else "accepted",
+                last_anomaly=iso_time(int(incidents.last_ms[slot])),
+                duration_s=(time - opened) / 1000,
+                peak=Peak(
+                    iso_time(int(incidents.peak_ms[slot])),
+                    float(incidents.peak_value[slot]),
+                    significant(float(incidents.peak_ratio[slot])),
+                ),
+            )
         event_type, suffix = {
             Action.OPENED: (TYPE_OPENED, "opened"),
             Action.UPDATED: (TYPE_UPDATED, f"updated-{data.severity}"),
             Action.RESOLVED: (TYPE_RESOLVED, "resolved"),
             Action.ACCEPTED: (TYPE_RESOLVED, "resolved"),
         }[action]
-        return make_event(event_type, f"{data.incident}-{suffix}", timestamp_ms, data, source=self.config.source)
+        return make_event(event_type, f"{data.incident}-{suffix}", time, data, source=self.config.source)
 
     def names(self, slots: Sequence[int]) -> list[str]:
         """Return the names of series."""
         return [self.index.names[slot] for slot in slots]
 
 
+def _in_order(result: Result) -> Result:
+    """Put events and rejects into the order of their records, however the points were cut into batches.
+
+    A record of an entity can cause one of each metric: its events go by the name of the series, and of its rejects
+    one stays, for it is one record that is refused.
+    """
+    order = sorted(range(len(result.events)), key=lambda i: (result.event_rows[i], result.events[i].subject))
+    result.events = [result.events[i] for i in order]
+    result.event_rows = [result.event_rows[i] for i in order]
+    first: dict[int, Reject] = {}
+    for reject in sorted(result.rejects, key=lambda reject: (reject.row, reject.detail)):
+        first.setdefault(reject.row, reject)
+    result.rejects = list(first.values())
+    return result
+
+
 def _ratio(score: Float64Array | float, threshold: Float64Array | float) -> Float64Array:
-    """Return score / threshold, 1.0 being the edge for every model, NaN while there is no threshold."""
-    return np.minimum(score / np.maximum(threshold, 1e-300), _RATIO_MAX)
+    """Return score / threshold, 1.0 being the edge for every model."""
+    with np.errstate(over="ignore"):
+        return np.minimum(score / np.maximum(threshold, 1e-300), _RATIO_MAX)
 
 
 def _first_of_each(points: Columns, *, last: bool = False) -> Int64Array:

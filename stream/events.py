@@ -2,13 +2,15 @@
 
 An incident's id is derived from its series, its opening time and the model, and an event's id from the incident's, so
 that a replay, a back-test and a restarted service give the same ids and a consumer can drop what it has seen. Computed
-numbers are rounded to six significant digits: float32 carries no more.
+numbers are rounded to six significant digits: float32 carries no more. What is in the units of the KPI has as many
+digits of the width of its band instead: that of 3e9 ± 1e3 would otherwise be empty.
 """
 
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime
+import math
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 import msgspec
@@ -90,6 +92,8 @@ class Event(msgspec.Struct, frozen=True):
     data: EventData
 
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
 encode = msgspec.json.Encoder().encode
 decode = msgspec.json.Decoder(Event).decode
 
@@ -109,17 +113,22 @@ def make_event(event_type: str, event_id: str, timestamp_ms: int, data: EventDat
     )
 
 
-def incident_id(series: str, opened_ms: int, model: str) -> str:
-    """Return the id of the incident that opened in a series at a time under a model: 16 hexadecimal digits."""
-    return hashlib.blake2b(f"{series}\0{opened_ms}\0{model}".encode(), digest_size=8).hexdigest()
+def incident_id(series: str, opened_ms: int, model: str) -> int:
+    """Return the id of the incident that opened in a series at a time under a model: 64 bits."""
+    return int.from_bytes(hashlib.blake2b(f"{series}\0{opened_ms}\0{model}".encode(), digest_size=8).digest())
 
 
 def iso_time(timestamp_ms: int) -> str:
     """Return RFC 3339 in UTC, with milliseconds only where there are any."""
-    moment = datetime.fromtimestamp(timestamp_ms / 1000, UTC)
+    moment = _EPOCH + timedelta(milliseconds=timestamp_ms)
     return moment.isoformat(timespec="milliseconds" if timestamp_ms % 1000 else "seconds").replace("+00:00", "Z")
 
 
-def significant(x: float, digits: int = 6) -> float:
-    """Round to so many significant digits."""
-    return float(f"{x:.{digits}g}")
+def significant(x: float) -> float:
+    """Round to six significant digits."""
+    return float(f"{x:.6g}")
+
+
+def rounded_to(width: float, x: float) -> float:
+    """Round to six significant digits of a width that tells what differences in x mean something; 0: of x itself."""
+    return round(x, 5 - math.floor(math.log10(width))) if width else significant(x)

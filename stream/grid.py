@@ -14,42 +14,60 @@ from stream.columns import BoolArray, Int32Array, Int64Array
 
 PROBE_POINTS = 8  # distinct timestamps that a series must show before its interval is inferred; below every window
 
-_SECOND = 1_000
-# The intervals at which people collect: an inferred one this close to it (scrape jitter) is taken to be it.
-_USUAL_MS = np.array(
-    [s * _SECOND for s in (1, 2, 5, 10, 15, 20, 30)]
-    + [m * 60 * _SECOND for m in (1, 2, 3, 5, 10, 15, 20, 30)]
-    + [h * 3600 * _SECOND for h in (1, 2, 3, 4, 6, 8, 12, 24)],
-    np.int64,
+_SECOND, _MINUTE, _HOUR = 1_000, 60_000, 3_600_000
+# What people set an interval in, the roundest first.
+_UNITS_MS = np.array(
+    [h * _HOUR for h in (24, 12, 6, 4, 3, 2, 1)]
+    + [m * _MINUTE for m in (30, 20, 15, 10, 5, 2, 1)]
+    + [s * _SECOND for s in (30, 20, 15, 10, 5, 2, 1)]
+    + [500, 200, 100, 50, 20, 10, 5, 2, 1]
 )
-_USUAL_WITHIN = 0.02
 _ALIKE_WITHIN = 0.1
+_DOUBT = 6.0  # standard errors, for a deviation that is known from eight points only
+_DOUBT_LEAST = 0.002  # share of the interval
 
 
 def infer_interval(timestamp_ms: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Return the interval and the phase of each series from its first timestamps.
 
-    The interval is the commonest difference: the one that most others equal within a tenth (the smallest of
-    equally common ones), as the median of those, set to a usual one where it is within 2 % of it. The phase is the
-    median offset of the points from the grid through the first one.
+    The commonest difference (the one that most others equal within a tenth, the smallest of equally common ones) says
+    how many cells lie between the points; the median slope over all pairs of points is the interval. Jitter leaves it
+    in some doubt, and within that the roundest number is taken: 1 s of jitter on points of 10 s would otherwise give
+    9.7 s, and every thirtieth point a wrong cell. The phase is the median offset of the points from the grid.
 
     Args:
         timestamp_ms: (K, P) int64, rising strictly along each row, P >= 2.
 
     Returns:
         interval_ms (K,) int64 >= 1 and phase_ms (K,) int64.
+
+    Source: Theil-Sen estimator; standard error of a slope.
     """
-    difference = np.diff(timestamp_ms, axis=1)  # (K, P-1)
+    points = timestamp_ms.shape[1]
+    since = (timestamp_ms - timestamp_ms[:, :1]).astype(np.float64)  # (K, P)
+    difference = np.diff(since, axis=1)  # (K, P-1)
     alike = np.abs(difference[:, :, None] - difference[:, None, :]) <= _ALIKE_WITHIN * difference[:, :, None]
     support = alike.sum(axis=2)  # (K, P-1)
-    commonest = np.where(support == support.max(axis=1, keepdims=True), difference, np.iinfo(np.int64).max).min(axis=1)
+    commonest = np.where(support == support.max(axis=1, keepdims=True), difference, np.inf).min(axis=1)
     near = np.abs(difference - commonest[:, None]) <= _ALIKE_WITHIN * commonest[:, None]
-    interval = np.nanmedian(np.where(near, difference, np.nan), axis=1).astype(np.int64)
-    usual = _USUAL_MS[np.abs(interval[:, None] - _USUAL_MS).argmin(axis=1)]
-    interval = np.where(np.abs(interval - usual) <= _USUAL_WITHIN * usual, usual, np.maximum(interval, 1))
-    since = timestamp_ms - timestamp_ms[:, :1]
-    offset = (since + interval[:, None] // 2) % interval[:, None] - interval[:, None] // 2
-    return interval, timestamp_ms[:, 0] + np.median(offset, axis=1).astype(np.int64)
+    interval = np.nanmedian(np.where(near, difference, np.nan), axis=1)
+
+    earlier, later = np.triu_indices(points, 1)
+    cell = np.zeros_like(since)
+    for _ in range(2):  # the better interval of the first pass counts the cells of long gaps right
+        cell[:, 1:] = np.cumsum(np.rint(difference / interval[:, None]), axis=1)
+        cells, apart = cell[:, later] - cell[:, earlier], since[:, later] - since[:, earlier]
+        interval = np.nanmedian(np.divide(apart, cells, out=np.full_like(apart, np.nan), where=cells > 0), axis=1)
+
+    offset = since - cell * interval[:, None]
+    offset -= np.median(offset, axis=1, keepdims=True)
+    deviation = 1.4826 * np.median(np.abs(offset), axis=1)
+    doubt = np.maximum(_DOUBT * deviation / np.sqrt(points * cell.var(axis=1)), _DOUBT_LEAST * interval)
+    round_ = np.maximum(np.rint(interval[:, None] / _UNITS_MS), 1) * _UNITS_MS  # (K, units)
+    likely = np.abs(round_ - interval[:, None]) <= np.maximum(doubt, 0.5)[:, None]  # whole milliseconds always are
+    interval = np.take_along_axis(round_, likely.argmax(axis=1)[:, None], axis=1)[:, 0]
+    phase = timestamp_ms[:, 0] + np.rint(np.median(since - cell * interval[:, None], axis=1)).astype(np.int64)
+    return interval.astype(np.int64), phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +88,6 @@ class Placed:
     start: BoolArray
 
 
-_FAR = np.int64(1) << 40  # further apart than any two cells that a window could hold
-
-
 def place(slot: Int32Array, cell: Int64Array, newest: Int64Array, started: BoolArray) -> Placed:
     """Say of each point by how far it leads the newest cell that its series had when the point arrived.
 
@@ -89,10 +104,10 @@ def place(slot: Int32Array, cell: Int64Array, newest: Int64Array, started: BoolA
     first = np.flatnonzero(start)
     segment = np.cumsum(start) - 1
     base = np.where(started[order][first], newest[order][first], cell[first] - 1)[segment]
-    ahead = np.clip(cell - base, -_FAR, _FAR)  # relative to the newest cell before the batch
+    ahead = cell - base  # of the newest cell before the batch
     # A running maximum per series: each series is lifted above the one before it, so that one accumulate serves all.
-    lift = segment * (4 * _FAR)  # fits int64 for up to 2^21 series in one batch
-    running = np.maximum(np.maximum.accumulate(ahead + lift) - lift, 0)
+    lift = segment * (ahead.max(initial=0) + 1)  # fits int64: 92,000 series of which one leaps 3,000 years of 1 ms
+    running = np.maximum.accumulate(np.maximum(ahead, 0) + lift) - lift
     before = np.zeros_like(running)
     before[1:] = running[:-1]
     before[start] = 0

@@ -1,6 +1,6 @@
-"""The life of an incident: consecutive anomalous points of a series are one.
+r"""The life of an incident: consecutive anomalous points of a series are one.
 
-State \\ input   QUIET   RECOVERED          ANOMALOUS        WORSE              LASTING
+State \ input   QUIET   RECOVERED          ANOMALOUS        WORSE              LASTING
 CLEAR           -       -                  OPEN: opened     OPEN: opened       OPEN: opened
 OPEN            -       CLEAR: resolved    -                -: updated         CLEAR: accepted
 
@@ -10,7 +10,8 @@ ANOMALOUS  an anomalous point, no graver than the incident is already
 WORSE      an anomalous point of a higher severity
 LASTING    an anomalous point at least `accept_after` after the opening: the shift is the new normal
 
-Missing points are no input: they neither prolong nor resolve. All arrays hold one row a series.
+Points that were not judged (missing, or without a threshold) are no input: they neither prolong nor resolve. All arrays
+hold one row a series.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from stream.columns import BoolArray, Float64Array, Int8Array, Int32Array, Int64Array
+from stream.columns import BoolArray, Float64Array, Int8Array, Int32Array, Int64Array, UInt64Array
 
 
 class State(IntEnum):
@@ -92,6 +93,7 @@ class Incidents:
 
     Attributes:
         state: `State`, (S,) uint8.
+        id: of the newest incident, (S,) uint64; kept, for the model that it is derived from may change before the end.
         opened_ms: event time of the first anomalous point, (S,) int64; `last_ms` of the latest one.
         severity: the gravest `Severity` so far, (S,) uint8.
         normal_run: normal points in a row since the last anomalous one, (S,) int32.
@@ -99,11 +101,23 @@ class Incidents:
         peak_ratio: the largest score/threshold so far, (S,) float64; `peak_ms` and `peak_value` say where.
     """
 
-    ARRAYS = ("state", "opened_ms", "severity", "last_ms", "normal_run", "anomalies", "peak_ratio", "peak_ms", "peak_value")
+    ARRAYS = (
+        "state",
+        "id",
+        "opened_ms",
+        "severity",
+        "last_ms",
+        "normal_run",
+        "anomalies",
+        "peak_ratio",
+        "peak_ms",
+        "peak_value",
+    )
 
     def __init__(self, policy: IncidentPolicy, capacity: int = 0) -> None:
         self.policy = policy
         self.state: Int8Array = np.zeros(0, np.uint8)
+        self.id: UInt64Array = np.zeros(0, np.uint64)
         self.opened_ms: Int64Array = np.zeros(0, np.int64)
         self.last_ms: Int64Array = np.zeros(0, np.int64)
         self.severity: Int8Array = np.zeros(0, np.uint8)
@@ -131,9 +145,10 @@ class Incidents:
         ratio: Float64Array,
         value: Float64Array,
     ) -> Int8Array:
-        """Feed one scored point of each of K series (each once); return what to publish of each, (K,) `Action`.
+        """Feed one judged point of each of K series (each once); return what to publish of each, (K,) `Action`.
 
-        The fields of an incident that has just been resolved stay readable until the next one opens.
+        The `id` of an incident that opens is the caller's to set. The fields of an incident that has just been resolved
+        stay readable until the next one opens.
         """
         actions = np.zeros(len(slot), np.uint8)
         concerned = np.flatnonzero(anomalous | (self.state[slot] == State.OPEN))

@@ -3,7 +3,7 @@
 A point is ``{"kpi": "checkout.latency_p99", "timestamp": 1469376000, "value": 0.84}``: the timestamp in seconds or
 milliseconds since 1970 or as ISO 8601 (no zone means UTC), the value a number or null (missing). An entity,
 ``{"entity": "machine-1-6", "timestamp": …, "values": {"cpu": 0.3, …}}``, is watched metric by metric, as the series
-``machine-1-6.cpu`` and so on.
+``machine-1-6.cpu`` and so on. A record that has a `kpi` is a point, whatever else it holds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Point(msgspec.Struct, gc=False):
 
     timestamp: int | float | str
     kpi: str | None = None
-    value: float | None | msgspec.UnsetType = msgspec.UNSET
+    value: float | msgspec.UnsetType | None = msgspec.UNSET
     entity: str | None = None
     values: dict[str, float | None] | None = None
 
@@ -106,7 +106,7 @@ def _decode_one(value: bytes | None) -> Point:
         return _decode(value)
     except msgspec.ValidationError as e:
         raise _Refusal("wrong_type", str(e)) from None
-    except (msgspec.DecodeError, RecursionError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         return _decode_lenient(value, str(e))
 
 
@@ -136,9 +136,9 @@ def _columns(points: list[Point], rows: list[int] | range, index: SeriesIndex, r
         values = np.array([p.value for p in points], np.float64)  # None -> NaN, UNSET raises
     except (TypeError, OverflowError, ValueError):
         return _columns_one_by_one(points, rows, index, rejects)
-    timestamps = np.where(np.abs(timestamps) < SECONDS_BELOW, timestamps * 1000, timestamps)
-    bad = (slots < 0) | (timestamps < 0) | (timestamps > TIMESTAMP_MAX_MS) | (np.abs(values) > VALUE_MAX)
-    if bad.any():
+    bad = (slots < 0) | (timestamps < 0) | (np.abs(values) > VALUE_MAX)
+    timestamps = np.where(timestamps < SECONDS_BELOW, timestamps * 1000, timestamps)
+    if (bad | (timestamps > TIMESTAMP_MAX_MS)).any():
         return _columns_one_by_one(points, rows, index, rejects)
     return Columns(slots, timestamps, values, np.arange(len(points)) if isinstance(rows, range) else np.array(rows))
 
@@ -166,7 +166,7 @@ def _columns_one_by_one(
 
 
 def _named_values(point: Point) -> list[tuple[str, float | None]]:
-    if point.entity is not None:
+    if point.kpi is None and point.entity is not None:
         if not point.values:
             raise _Refusal("wrong_type", "an entity record needs `values` (metric -> number)")
         if problem := name_problem(point.entity):
@@ -178,31 +178,32 @@ def _named_values(point: Point) -> list[tuple[str, float | None]]:
 
 
 def _timestamp_ms(timestamp: int | float | str) -> int:
+    shown = str(timestamp)[:40]
     if isinstance(timestamp, str):
         try:
             moment = datetime.fromisoformat(timestamp.strip())
-            ms = round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
-        except (ValueError, OverflowError):
-            raise _Refusal("bad_timestamp", f"the timestamp {timestamp[:40]!r} is not ISO 8601") from None
-    elif not math.isfinite(timestamp):
-        raise _Refusal("bad_timestamp", f"the timestamp is {timestamp}")
+        except ValueError:
+            raise _Refusal("bad_timestamp", f"the timestamp {shown!r} is not ISO 8601") from None
+        ms = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000
     else:
-        ms = round(timestamp * 1000 if abs(timestamp) < SECONDS_BELOW else timestamp)
+        ms = timestamp * 1000 if timestamp < SECONDS_BELOW else timestamp
+    if ms != ms:  # math.isnan fails on an int that no float can hold
+        raise _Refusal("bad_timestamp", "the timestamp is NaN")
     if ms < 0:
-        raise _Refusal("bad_timestamp", f"the timestamp {timestamp} lies before 1970")
+        raise _Refusal("bad_timestamp", f"the timestamp {shown} lies before 1970")
     if ms > TIMESTAMP_MAX_MS:
-        raise _Refusal("bad_timestamp", f"the timestamp {timestamp} lies beyond the year 2200 (seconds or ms expected)")
-    return ms
+        raise _Refusal("bad_timestamp", f"the timestamp {shown} lies beyond the year 2200 (seconds or ms expected)")
+    return round(ms)
 
 
-def _refuse_future(
-    columns: Columns, arrival_ms: Int64Array, future_limit_ms: int, rejects: list[Reject]
-) -> Columns:
+def _refuse_future(columns: Columns, arrival_ms: Int64Array, future_limit_ms: int, rejects: list[Reject]) -> Columns:
     ahead = columns.timestamp_ms - arrival_ms[columns.row] > future_limit_ms
     if not ahead.any():
         return columns
     for row in np.unique(columns.row[ahead]).tolist():
         ahead_ms = int((columns.timestamp_ms[columns.row == row] - arrival_ms[row]).max())
-        detail = f"the timestamp lies {ahead_ms / 1000:g} s ahead of its arrival, the limit is {future_limit_ms / 1000:g} s"
+        detail = (
+            f"the timestamp lies {ahead_ms / 1000:g} s ahead of its arrival, the limit is {future_limit_ms / 1000:g} s"
+        )
         rejects.append(Reject(row, "in_the_future", detail))
     return columns.take(~np.isin(columns.row, columns.row[ahead]))

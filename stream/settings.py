@@ -9,10 +9,9 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.pot import PotConfig
 from stream.detector import DetectorConfig
@@ -26,7 +25,7 @@ RESERVED = "TOCSIN_TEST_"  # the tests' own variables
 class Section(BaseModel):
     """A group of settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class KafkaSettings(Section):
@@ -60,27 +59,33 @@ class PotSettings(Section):
 
     q: float = Field(PotConfig.q, gt=0, lt=1, description="Risk: share of normal points that may be flagged.")
     level: float = Field(PotConfig.level, gt=0, lt=1, description="Quantile of the scores above which the tail begins.")
-    min_scores: int = Field(PotConfig.min_scores, ge=1, description="Scores a new series must show before it is judged.")
+    min_scores: int = Field(
+        PotConfig.min_scores, ge=1, description="Scores a new series must show before it is judged."
+    )
 
     @model_validator(mode="after")
-    def _risk_lies_in_the_tail(self) -> Self:
-        if self.q >= 1 - self.level:
-            raise ValueError(f"q={self.q} must be below 1 - level = {1 - self.level:.3g}")
+    def _fit_together(self) -> Self:
+        try:
+            self.config()
+        except ConfigError as e:
+            raise ValueError(str(e)) from None
         return self
 
+    def config(self) -> PotConfig:
+        """Return the part that the core needs."""
+        return PotConfig(q=self.q, level=self.level, min_scores=self.min_scores)
 
-class Settings(BaseSettings):
+
+class Settings(Section):
     """All settings of a service."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", nested_model_default_partial_update=True
-    )
 
     kafka: KafkaSettings = KafkaSettings()
     redis: RedisSettings = RedisSettings()
     pot: PotSettings = PotSettings()
     checkpoint: str = Field("deepant", description="Checkpoint that scores, NAME or NAME@VERSION.")
-    checkpoints: Path = Field(Path("checkpoints"), description="Model repository; the bundled one is searched after it.")
+    checkpoints: Path = Field(
+        Path("checkpoints"), description="Model repository; the bundled one is searched after it."
+    )
     interval_s: float = Field(0.0, ge=0, description="Grid step of every KPI, seconds; 0: inferred for each.")
     warmup_h: float = Field(24.0, ge=0, description="Event time a new series is watched before it is judged, hours.")
     min_observed: float = Field(0.2, ge=0, le=1, description="Share of a window that must have arrived to be scored.")
@@ -88,13 +93,15 @@ class Settings(BaseSettings):
     accept_after_h: float = Field(12.0, gt=0, description="An incident this long is taken for the new normal, hours.")
     future_limit_s: float = Field(600.0, gt=0, description="How far ahead of its arrival a point may lie, seconds.")
     source: str = Field("tocsin", min_length=1, description="CloudEvents source of the events.")
-    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Logs on stderr from this level.")
+    log_level: str = Field(
+        "INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Logs on stderr from this level."
+    )
 
     def detector(self) -> DetectorConfig:
         """Return the part that the core needs."""
         return DetectorConfig(
             interval_ms=round(self.interval_s * 1000),
-            pot=PotConfig(q=self.pot.q, level=self.pot.level, min_scores=self.pot.min_scores),
+            pot=self.pot.config(),
             incidents=IncidentPolicy(self.recover_after, round(self.accept_after_h * 3_600_000)),
             warmup_ms=round(self.warmup_h * 3_600_000),
             min_observed=self.min_observed,
@@ -103,14 +110,16 @@ class Settings(BaseSettings):
 
 
 def known_names(model: type[BaseModel] = Settings, prefix: str = PREFIX) -> Iterator[tuple[str, str, object]]:
-    """Yield (environment variable, description, default) of every setting."""
+    """Yield (environment variable, description, default) of every setting; a secret one shows as stars."""
     for name, info in model.model_fields.items():
         variable = f"{prefix}{name.upper()}"
         if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
             yield from known_names(info.annotation, f"{variable}__")
         else:
-            default = info.default
-            yield variable, info.description or "", default.get_secret_value() if isinstance(default, SecretStr) else default
+            yield variable, info.description or "", info.default
+
+
+_SECRETS = frozenset(name for name, _, default in known_names() if isinstance(default, SecretStr))
 
 
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
@@ -121,14 +130,22 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """
     environ = os.environ if environ is None else environ
     names = [name for name, _, _ in known_names()]
+    values: dict[str, Any] = {}
     for variable in sorted(environ):
         upper = variable.upper()
-        if upper.startswith(PREFIX) and not upper.startswith(RESERVED) and upper not in names:
+        if not upper.startswith(PREFIX) or upper.startswith(RESERVED):
+            continue
+        if upper not in names:
             near = difflib.get_close_matches(upper, names, n=1)
             hint = f"did you mean {near[0]}?" if near else "`tocsin check --settings` lists them"
             raise ConfigError(f"{variable}: there is no such setting; {hint}")
+        *sections, field = upper.removeprefix(PREFIX).lower().split("__")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[field] = environ[variable]
     try:
-        return Settings()
+        return Settings.model_validate(values)
     except ValidationError as e:
         raise ConfigError(_explain(e)) from None
 
@@ -137,8 +154,7 @@ def _explain(error: ValidationError) -> str:
     problems = []
     for item in error.errors():
         name = PREFIX + "__".join(str(part).upper() for part in item["loc"])
-        value = "" if item["type"] == "missing" or isinstance(item["input"], dict) else f"={str(item['input'])[:60]!r}"
-        if name.endswith("REDIS__URL"):
-            value = ""  # it may hold a password
+        secret = name in _SECRETS or isinstance(item["input"], dict)  # of a section, which may hold one
+        value = "" if secret else f"={str(item['input'])[:60]!r}"
         problems.append(f"{name}{value}: {item['msg'].removeprefix('Value error, ')}")
     return "; ".join(problems)

@@ -1,9 +1,9 @@
 """The state of a series as bytes, and back: what the store keeps.
 
-A blob is a header (magic, version, kind, model, length, crc32 of all that follows the checksum) and a body. Kind "S" is a
+A blob is a header (magic, version, kind, length, model, crc32 of its name and of all else) and a body. Kind "S" is a
 series with a grid: one packed little-endian record of fixed length, so that thousands are packed by columns at once.
-Kind "P" is a series whose interval is still being probed: its points. No blob can execute anything; a damaged one, or one
-of an unknown version, is refused by the name of its series.
+Kind "P" is a series whose interval is still being probed: its points. No blob can execute anything; a damaged one, or
+one of an unknown version, is refused by the name of its series.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stream.columns import BoolArray, Columns, Int32Array
+from stream.columns import BoolArray, Columns, Int32Array, name_problem
 from stream.detector import NEVER, Detector
 from stream.errors import StateError
 from stream.incidents import Incidents
 
 VERSION = 1
 _MAGIC = b"TK"
-_HEADER = np.dtype([("magic", "S2"), ("version", "u1"), ("kind", "S1"), ("crc32", "<u4"), ("length", "<u4"), ("model", "<u8")])
+_HEADER = np.dtype(
+    [("magic", "S2"), ("version", "u1"), ("kind", "S1"), ("length", "<u4"), ("model", "<u8"), ("crc32", "<u4")]
+)
 _POINT = np.dtype([("timestamp_ms", "<i8"), ("value", "<f8")])
-_CHECKED_FROM = _HEADER.fields["length"][1]  # type: ignore[index]
 
 
 def model_id(detector: Detector) -> int:
@@ -47,6 +48,7 @@ def row_dtype(detector: Detector) -> np.dtype[np.void]:
             ("actual", "<f4", (w, f)),
             ("learned", "u1", ((w + 7) // 8,)),
             ("state", "u1"),
+            ("id", "<u8"),
             ("severity", "u1"),
             ("opened_ms", "<i8"),
             ("last_ms", "<i8"),
@@ -98,10 +100,15 @@ def _wrap(
     header = np.zeros((), _HEADER)
     header["magic"], header["version"], header["kind"], header["model"] = _MAGIC, VERSION, kind, model_id(detector)
     for name, body in zip(names, bodies, strict=True):
-        header["length"] = len(body)
-        checked = header.tobytes()[_CHECKED_FROM:]
-        header["crc32"] = zlib.crc32(body, zlib.crc32(checked, zlib.crc32(name.encode())))
-        yield name.encode(), header.tobytes() + body
+        field = name.encode()
+        header["length"], header["crc32"] = len(body), 0
+        header["crc32"] = _checksum(field, header.tobytes(), body)
+        yield field, header.tobytes() + body
+
+
+def _checksum(field: bytes, header: bytes, body: bytes) -> int:
+    """Return the crc32 of a blob without the checksum itself, which ends the header, under the name of its series."""
+    return zlib.crc32(body, zlib.crc32(header[:-4], zlib.crc32(field)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +135,11 @@ def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
         name = field.decode("utf-8", "replace")
         try:
             kind, model, body = _open(field, blob)
+            if problem := name_problem(name):
+                raise StateError(f"state of {name!r}: {problem}")
             if kind == b"P":
-                points.append(_open_points(detector, name, body))
+                if not detector.config.interval_ms:  # else there is nothing left to probe for
+                    points.append(_open_points(detector, name, body))
             elif len(body) != dtype.itemsize:
                 raise StateError(
                     f"state of {name!r}: {len(body)} bytes, but a window of {detector.windows.window} needs "
@@ -166,8 +176,7 @@ def _open(field: bytes, blob: bytes) -> tuple[bytes, int, bytes]:
         raise StateError(f"state of {name!r}: version {header['version']} is unknown, this program reads {VERSION}")
     if header["kind"] not in (b"S", b"P"):
         raise StateError(f"state of {name!r}: kind {bytes(header['kind'])!r} is unknown")
-    checked = blob[_CHECKED_FROM : _HEADER.itemsize]
-    if header["length"] != len(body) or zlib.crc32(body, zlib.crc32(checked, zlib.crc32(field))) != header["crc32"]:
+    if header["length"] != len(body) or header["crc32"] != _checksum(field, blob[: _HEADER.itemsize], body):
         raise StateError(f"state of {name!r}: damaged (length or checksum is wrong)")
     return bytes(header["kind"]), int(header["model"]), body
 
@@ -177,9 +186,7 @@ def _open_points(detector: Detector, name: str, body: bytes) -> Columns:
         raise StateError(f"state of {name!r}: {len(body)} bytes are no whole number of points")
     points = np.frombuffer(body, _POINT)
     slot = detector.index[name]
-    return Columns.of(
-        np.full(len(points), slot), points["timestamp_ms"], points["value"], np.full(len(points), -1)
-    )
+    return Columns.of(np.full(len(points), slot), points["timestamp_ms"], points["value"], np.full(len(points), -1))
 
 
 def _put(
@@ -189,7 +196,7 @@ def _put(
     same_model: BoolArray,
     names: Sequence[str],
 ) -> list[StateError]:
-    """Write the rows into the arrays; return the complaints about single thresholds, which then begin anew."""
+    """Write the rows into the arrays; return the complaints about single thresholds, which stay as new ones."""
     refused = []
     try:
         detector.threshold.unpack(slots[same_model], rows["threshold"][same_model])
@@ -199,7 +206,6 @@ def _put(
                 detector.threshold.unpack(slots[i : i + 1], rows["threshold"][i : i + 1])
             except StateError as e:
                 refused.append(StateError(f"state of {names[i]!r}: {e}"))
-                detector.threshold.reset(slots[i : i + 1])
     for part, fields in _fields(detector):
         for name in fields:
             getattr(part, name)[slots] = rows[name]

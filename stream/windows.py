@@ -68,6 +68,11 @@ class Windows:
         relative = self.seen.reshape(-1, self.features)[at]  # (K, W, F) float32
         return relative + self.origin[slot][:, None, :], self.learned.reshape(-1)[at]
 
+    def arrived(self, slot: Int32Array) -> Float64Array:
+        """Return the share of each full window that arrived, flagged or not, (K,)."""
+        share: Float64Array = (~np.isnan(self.actual[slot]).any(axis=2)).mean(axis=1)
+        return share
+
     def append(
         self, slot: Int32Array, cell: Int64Array, seen: Float64Array, actual: Float64Array, learned: BoolArray
     ) -> None:
