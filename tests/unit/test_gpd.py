@@ -172,11 +172,11 @@ def test_probability_outside_the_support_of_the_fit() -> None:
 
 
 def test_the_outlier_limit_passes_a_clean_tail_and_stops_gross_outliers() -> None:
-    rng = np.random.default_rng(5)
+    rng, half = np.random.default_rng(5), np.full(500, 20)
     excess = rng.exponential(size=(500, 40))
-    limit = outlier_limit(excess, 0.01, shape_mean=0.0, shape_spread=0.2)
+    limit = outlier_limit(excess, half, 0.01, shape=0.1)
     assert (excess.max(axis=-1) > limit).mean() < 0.04
     excess[:, :15] = 60.0 * (1 + rng.random((500, 15)))
-    assert (outlier_limit(excess, 0.01, shape_mean=0.0, shape_spread=0.2) < 60.0).mean() > 0.95
+    assert (outlier_limit(excess, half, 0.01, shape=0.1) < 60.0).mean() > 0.95
     ties = np.full((1, 40), 2.0)
-    assert outlier_limit(ties, 0.01, shape_mean=0.0, shape_spread=0.2)[0] > 2.0
+    assert outlier_limit(ties, half[:1], 0.01, shape=0.1)[0] > 2.0

@@ -88,17 +88,18 @@ def test_alarm_rate_on_clean_scores_is_as_promised(q: float, steps: int) -> None
     assert ((rates > 0.5) & (rates < 2)).all(), dict(zip(CLEAN, rates.round(2), strict=True))
 
 
+@pytest.mark.parametrize("name", ["|normal|", "exponential"])
 @pytest.mark.parametrize("q", [1e-3, 1e-4])
-def test_gross_anomalies_are_found_though_calibration_holds_some(q: float) -> None:
+def test_gross_anomalies_are_found_though_calibration_holds_some(q: float, name: str) -> None:
     rng = np.random.default_rng(0)
-    size = (1500, 1000)
+    size = (1000, 600)
     gross = rng.random(size) < 0.005
-    scores = np.abs(rng.standard_normal(size)) + np.where(gross, 30 * (1 + rng.random(size)), 0.0)
+    scores = CLEAN[name](rng, size) + np.where(gross, 30 * (1 + rng.random(size)), 0.0)
     outcome = run(Spot(PotConfig(q=q), size[1]), scores)
     judged = outcome != Outcome.WARMING
     found = outcome == Outcome.ANOMALY
     assert found[judged & gross].mean() >= 0.99
-    assert found[judged & ~gross].mean() < 2 * q
+    assert found[judged & ~gross].mean() < 3 * q  # few excesses yet
 
 
 def test_a_recurring_mode_of_calibration_is_not_taken_for_outliers() -> None:
@@ -121,8 +122,8 @@ def test_real_scores_calibrate_as_the_exact_fit_says() -> None:
         packed = spot.pack(np.array([0]))[0]
         assert packed["t"] == np.float32(np.sort(scores * unit)[-568])  # 567 above: 2 % of 28,378
         z.append(packed["z"] / unit)
-    # 128 of 567 excesses, outliers left out, the prior draws it down and the doubt up: still within a tenth
-    assert z[0] == pytest.approx(1.5547, rel=0.1)
+    # 128 of 567 excesses, an outlier left out, the prior draws it down and the doubt up
+    assert z[0] == pytest.approx(1.5547, rel=0.05)
     assert z[1:] == pytest.approx([z[0], z[0]], rel=1e-4)
 
 
