@@ -78,8 +78,10 @@ async def ensure_topics(
         tried_s = time.monotonic() - started
         if isinstance(problem, _Refused):
             raise BrokerError(f"the broker at {bootstrap_servers} refuses {problem}") from problem.__cause__
-        refused, reason = await why_unreachable(bootstrap_servers, **client)
-        if refused or tried_s + pause_s >= deadline_s:
+        if isinstance(problem, KafkaError) and not problem.retriable:
+            raise BrokerError(f"the broker at {bootstrap_servers} fails: {problem}") from problem
+        in_vain, reason = await why_unreachable(bootstrap_servers, **client)
+        if in_vain or tried_s + pause_s >= deadline_s:
             raise BrokerError(
                 f"cannot reach the broker at {bootstrap_servers} (tried for {tried_s:.1f} s): "
                 f"{reason or str(problem) or type(problem).__name__}; set {_SETTING} to the host:port of your Kafka"
@@ -101,10 +103,10 @@ async def _ensure(
         configs = {**_EMBEDDED_CONFIGS, **configs}
     present = await _partitions(admin, topics)
     missing = [
-        NewTopic(name, count, replication_factor, topic_configs=dict(configs))
-        for name, count in topics.items()
-        if name not in present
+        NewTopic(name, count, 1, topic_configs=dict(configs)) for name, count in topics.items() if name not in present
     ]
+    for topic in missing:
+        topic.replication_factor = replication_factor  # aiokafka's constructor takes no -1, the broker does
     if missing:
         answer = await admin.create_topics(missing)
         for name, code, message in answer.topic_errors:
