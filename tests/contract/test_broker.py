@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import ProducerFenced
-from aiokafka.structs import OffsetAndMetadata
+from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from stream.embedded import is_embedded_broker
 from stream.errors import BrokerError
@@ -104,7 +104,7 @@ async def test_records_keep_key_headers_and_order(broker: str, topic: str) -> No
             await producer.send(topic, b"%d" % n, key=b"kpi \xc3\xa9", headers=headers)
         await producer.flush()
     async with consuming(broker, TopicPartition(topic, 0)) as consumer:
-        records = []
+        records: list[ConsumerRecord] = []
         async with asyncio.timeout(END_S):
             while len(records) < 100:
                 records += [r for batch in (await consumer.getmany(timeout_ms=50)).values() for r in batch]
