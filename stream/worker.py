@@ -32,9 +32,6 @@ class Worker:
         self.partitions: dict[TopicPartition, Partition] = {}
         self.assigned = asyncio.Event()  # set once the first assignment is complete
         self._stop = asyncio.Event()
-        # Held while records are fetched and taken in, and while partitions come and go: no record that was fetched
-        # before a seek may be taken in after it.
-        self._turn = asyncio.Lock()
         self._gone = Counts()
 
     def stop(self) -> None:
@@ -65,18 +62,15 @@ class Worker:
             replication_factor=kafka.replication,
             deadline_s=kafka.connect_timeout_s,
         )
-        consumer = points_consumer(kafka)
+        self._consumer = consumer = points_consumer(kafka)
         try:
             await consumer.start()
         except KafkaError as e:
             raise BrokerError(f"cannot read from {kafka.bootstrap_servers}: {e}") from e
         consumer.subscribe([kafka.points_topic], listener=Rebalance(self._assign, self._revoke))
-        self._consumer = consumer
         try:
             while not self._stop.is_set():
-                async with self._turn:
-                    await self._poll()
-                await asyncio.sleep(0)  # lets a rebalance have its turn
+                await self._poll()
         finally:
             try:
                 # aiokafka does not say "revoked" before stop
@@ -88,12 +82,13 @@ class Worker:
         batches = await self._consumer.getmany(
             timeout_ms=_POLL_MS, max_records=self.settings.kafka.max_poll_records
         )
-        for at, batch in batches.items():
-            partition = self.partitions.get(at)
-            if partition is not None and batch:
-                partition.accept(batch)
+        # A partition that comes or goes from here on must not see these records: a new one seeks to its own offset.
+        owned = {at: self.partitions[at] for at in batches if at in self.partitions}
+        for at, partition in owned.items():
+            if self.partitions.get(at) is partition:
+                partition.accept(batches[at])
                 await asyncio.sleep(0)  # lets transactions and heartbeats go on between two batches
-        for at, partition in self.partitions.items():
+        for at, partition in list(self.partitions.items()):
             if (problem := partition.failure()) is not None:
                 raise BrokerError(f"partition {at.partition} of {at.topic} cannot publish: {problem!r}") from problem
             full = partition.unsettled > self.settings.kafka.unsettled_max
@@ -101,17 +96,15 @@ class Worker:
                 (self._consumer.pause if full else self._consumer.resume)(at)
 
     async def _assign(self, assigned: Sequence[TopicPartition]) -> None:
-        async with self._turn:
-            for at in assigned:
-                partition = Partition(at, self.settings, self.make_detector, self.store)
-                await partition.start(self._consumer)
-                self.partitions[at] = partition
+        for at in assigned:
+            partition = Partition(at, self.settings, self.make_detector, self.store)
+            await partition.start(self._consumer)
+            self.partitions[at] = partition
         log.info("assigned %d partitions of %s", len(assigned), self.settings.kafka.points_topic)
         self.assigned.set()
 
     async def _revoke(self, revoked: Sequence[TopicPartition]) -> None:
-        async with self._turn:
-            leaving = [self.partitions.pop(at) for at in revoked if at in self.partitions]
-            await asyncio.gather(*(partition.stop() for partition in leaving))
-            for partition in leaving:
-                self._gone.add(partition.detector.counts)
+        leaving = [self.partitions.pop(at) for at in revoked if at in self.partitions]
+        await asyncio.gather(*(partition.stop() for partition in leaving))
+        for partition in leaving:
+            self._gone.add(partition.detector.counts)
