@@ -339,11 +339,8 @@ async def start_child(
         number = port or free_port()
         child = Child(command(number), log=log, doomed=doomed)
         try:
-            deadline = time.monotonic() + timeout_s
-            while child.exit_code() is None and time.monotonic() < deadline:
-                if await ready(number):
-                    return child, number
-                await asyncio.sleep(0.01)
+            if await _becomes_ready(child, functools.partial(ready, number), timeout_s):
+                return child, number
         except BaseException:
             child.kill()
             raise
@@ -354,6 +351,23 @@ async def start_child(
         how = f"ended at start with code {code}" if code is not None else f"did not answer within {timeout_s:g} s"
         raise error(f"{what} on {LOOPBACK}:{number} {how}" + (f"; it said:\n{words}" if words else ""))
     raise AssertionError("unreachable")
+
+
+async def _becomes_ready(child: Child, ready: Callable[[], Awaitable[bool]], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while child.exit_code() is None and time.monotonic() < deadline:
+        # Not simply awaited: whoever has taken the port meanwhile may accept the question and never answer it.
+        asking = asyncio.ensure_future(ready())
+        try:
+            while not asking.done() and child.exit_code() is None and time.monotonic() < deadline:
+                await asyncio.wait({asking}, timeout=0.05)
+            if asking.done() and asking.result():
+                return True
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        await asyncio.sleep(0.01)
+    return False
 
 
 @contextlib.asynccontextmanager
