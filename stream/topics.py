@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,25 +12,20 @@ from typing import Any
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.conn import collect_hosts, create_conn
 from aiokafka.errors import (
-    AuthenticationFailedError,
-    IllegalSaslStateError,
     KafkaError,
     TopicAlreadyExistsError,
     UnknownTopicOrPartitionError,
-    UnsupportedSaslMechanismError,
     for_code,
 )
 from aiokafka.protocol.metadata import MetadataRequest
 
 from stream.embedded import CLUSTER_ID
-from stream.errors import BrokerError
+from stream.errors import BrokerError, ConfigError
 
 _SETTING = "TOCSIN_KAFKA__BOOTSTRAP_SERVERS"
 _REQUEST_MS = 10_000
 _BACKOFF_S = (0.05, 1.0)  # first, last
 _PROBE_S = 5.0
-# What a second attempt does not mend: a person has to.
-_REFUSED = (AuthenticationFailedError, UnsupportedSaslMechanismError, IllegalSaslStateError)
 _EMBEDDED_CONFIGS = {"retention.ms": "-1"}  # the embedded broker takes a week-old record away within a second
 
 
@@ -57,7 +53,12 @@ async def ensure_topics(
 
     Raises:
         BrokerError: the broker cannot be reached in time or refuses; the message says why and names the setting.
+        ConfigError: `bootstrap_servers` is no list of hosts and ports.
     """
+    try:
+        collect_hosts(bootstrap_servers)
+    except ValueError as e:
+        raise ConfigError(f"{_SETTING}={bootstrap_servers!r} is no list of host:port,…: {e}") from e
     started = time.monotonic()
     pause_s = _BACKOFF_S[0]
     while True:
@@ -81,7 +82,9 @@ async def ensure_topics(
         if isinstance(problem, KafkaError) and not problem.retriable:
             raise BrokerError(f"the broker at {bootstrap_servers} fails: {problem}") from problem
         in_vain, reason = await why_unreachable(bootstrap_servers, **client)
-        if in_vain or tried_s + pause_s >= deadline_s:
+        if in_vain:
+            raise BrokerError(f"the broker at {bootstrap_servers} lets us not in: {reason}") from problem
+        if tried_s + pause_s >= deadline_s:
             raise BrokerError(
                 f"cannot reach the broker at {bootstrap_servers} (tried for {tried_s:.1f} s): "
                 f"{reason or str(problem) or type(problem).__name__}; set {_SETTING} to the host:port of your Kafka"
@@ -158,7 +161,9 @@ async def why_unreachable(bootstrap_servers: str, **client: Any) -> tuple[bool, 
             async with asyncio.timeout(_PROBE_S):
                 connection = await create_conn(host, port, request_timeout_ms=int(_PROBE_S * 1000), **options)
         except Exception as e:  # whatever it is, it is what the user has to know
-            in_vain = in_vain or isinstance(e, _REFUSED)
+            # Credentials, a mechanism or a certificate that is not accepted: a person has to change something.
+            refused = isinstance(e, KafkaError) and not e.retriable
+            in_vain = in_vain or refused or isinstance(e, ssl.SSLCertVerificationError)
             reasons.append(f"{host}:{port}: {_plain(e)}")
         else:
             connection.close()

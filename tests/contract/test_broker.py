@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -13,8 +14,9 @@ from aiokafka.errors import ProducerFenced
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from stream.embedded import is_embedded_broker
-from stream.errors import BrokerError
+from stream.errors import BrokerError, ConfigError
 from stream.topics import ensure_topics, why_unreachable
+from tests.servers import KafkaServer, why_no_kafka
 
 # A transaction right behind another is told to come again; by default aiokafka then waits 100 ms.
 OPTIONS = {"retry_backoff_ms": 20}
@@ -304,3 +306,38 @@ async def test_an_absent_broker_is_named_with_its_setting(unused_port: int) -> N
         assert part in message
     with pytest.raises(BrokerError, match="no answer from the broker"):
         await is_embedded_broker(f"127.0.0.1:{unused_port}")
+
+
+async def test_what_is_no_address_is_refused() -> None:
+    with pytest.raises(ConfigError, match="TOCSIN_KAFKA__BOOTSTRAP_SERVERS='kafka:port'"):
+        await ensure_topics("kafka:port", {})
+
+
+@pytest.mark.kafka
+async def test_a_refused_password_is_said_at_once_and_not_shown(topic: str) -> None:
+    if reason := why_no_kafka():
+        pytest.skip(reason)
+    server = KafkaServer()
+    users = "org.apache.kafka.common.security.plain.PlainLoginModule required"
+    users += ' username="admin" password="admin" user_admin="admin" user_tocsin="right";'
+    server.config |= {
+        "listeners": server.config["listeners"].replace("PLAINTEXT://", "SASL_PLAINTEXT://", 1),
+        "listener.security.protocol.map": "SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "inter.broker.listener.name": "SASL_PLAINTEXT",
+        "sasl.mechanism.inter.broker.protocol": "PLAIN",
+        "sasl.enabled.mechanisms": "PLAIN",
+        "listener.name.sasl_plaintext.plain.sasl.jaas.config": users,
+    }
+    options: dict[str, Any] = {
+        "security_protocol": "SASL_PLAINTEXT",
+        "sasl_mechanism": "PLAIN",
+        "sasl_plain_username": "tocsin",
+    }
+    async with server:
+        made = await ensure_topics(server.bootstrap, {topic: 1}, **options, sasl_plain_password="right")
+        assert made == {topic: 1}
+        started = time.monotonic()
+        with pytest.raises(BrokerError, match="Invalid username or password") as caught:
+            await ensure_topics(server.bootstrap, {topic: 1}, **options, sasl_plain_password="s3cret")
+        assert time.monotonic() - started < 10
+        assert "s3cret" not in str(caught.value)
