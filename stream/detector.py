@@ -54,6 +54,10 @@ class DetectorConfig:
     incidents: IncidentPolicy = field(default_factory=IncidentPolicy)
     # Scores that a series without its own calibration must have seen, in event time: a day holds its whole season.
     warmup_ms: int = 24 * 3_600_000
+    # A flagged value enters the window as missing, completed by the forecast. One that lies less than this many times
+    # its threshold from the forecast enters at the edge of the band: replaced, it would leave the forecast to itself,
+    # and a single false alarm on a slope would last for hours (Hampel's rule: follow the near, ignore the far).
+    follow_ratio: float = 3.0
     min_observed: float = 0.2  # share of a window that must have arrived; below it the forecast rests on itself
     source: str = "tocsin"
 
@@ -340,7 +344,7 @@ class Detector:
         row_scores = None
         if len(full):
             history, learned = self.windows.history(slot[full], cell[full])
-            forecast = self.model.forecast(history)
+            forecast = self.model.forecast(history, self.windows.usual_step(slot[full]))
             expected[full] = forecast.expected
             enough = learned.mean(axis=1) >= self.config.min_observed
             if not enough.all():  # flagged values are not learned, but they did arrive: a long incident stays judged
@@ -357,6 +361,10 @@ class Detector:
         learn = observed & ~flagged
         actual = np.where(observed, value, np.nan)[:, None]
         seen = np.where(learn[:, None], actual, expected)
+        if row_scores is not None and flagged.any():
+            ratio = _ratio(row_scores[0], row_scores[1])
+            near = flagged & (ratio <= self.config.follow_ratio)
+            seen[near] += (actual[near] - expected[near]) / ratio[near, None]
         self.windows.append(slot, cell, seen, actual, learn)
         if want_scores:
             score, threshold, probability = np.full((3, len(slot)), np.nan) if row_scores is None else row_scores

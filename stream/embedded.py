@@ -94,7 +94,10 @@ if server == 0:
         os._exit(127)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda *_: os.kill(server, signal.SIGTERM))
-os.write(1, b"%d\\n" % server)
+try:
+    os.write(1, b"%d\\n" % server)
+except OSError:
+    pass  # the owner is gone already
 os.close(1)
 listening, kill_at = True, float("inf")
 while True:
@@ -114,6 +117,8 @@ while True:
         os.kill(server, signal.SIGKILL if doomed else signal.SIGTERM)
     if time.monotonic() > kill_at:
         os.kill(server, signal.SIGKILL)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
 if doomed and (not listening or os.getppid() != owner):  # not after a crash: the owner wants to read the log
     shutil.rmtree(doomed, ignore_errors=True)
 code = os.waitstatus_to_exitcode(status)

@@ -46,6 +46,8 @@ def row_dtype(detector: Detector) -> np.dtype[np.void]:
             ("origin", "<f8", (f,)),
             ("seen", "<f4", (w, f)),
             ("actual", "<f4", (w, f)),
+            ("step_mean", "<f8", (f,)),
+            ("steps", "<i4"),
             ("learned", "u1", ((w + 7) // 8,)),
             ("state", "u1"),
             ("id", "<u8"),
@@ -66,7 +68,7 @@ def _fields(detector: Detector) -> tuple[tuple[object, tuple[str, ...]], ...]:
     """Return which arrays of which part are copied into the record as they are."""
     return (
         (detector, ("interval_ms", "phase_ms", "first_score_ms")),
-        (detector.windows, ("newest", "filled", "origin", "seen", "actual")),
+        (detector.windows, ("newest", "filled", "origin", "seen", "actual", "step_mean", "steps")),
         (detector.incidents, Incidents.ARRAYS),
     )
 

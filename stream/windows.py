@@ -13,6 +13,8 @@ import numpy as np
 
 from stream.columns import BoolArray, Float64Array, Int32Array, Int64Array
 
+STEPS_MAX = 10_000  # changes that the mean of a series' steps remembers: a month of 5-minute points
+
 
 class Windows:
     """Rings of W cells and F features for S series, structure of arrays.
@@ -24,9 +26,12 @@ class Windows:
         seen: (S, W, F) float32, relative to `origin`.
         actual: (S, W, F) float32, relative to `origin`, NaN where nothing arrived.
         learned: the cell holds the value that arrived, neither completed nor flagged, (S, W) bool.
+        step_mean: mean absolute change from one learned cell to the next over the life of the series, in which the
+            last `STEPS_MAX` changes prevail, (S, F) float64.
+        steps: changes that it is the mean of, at most `STEPS_MAX`, (S,) int32.
     """
 
-    ARRAYS = ("newest", "filled", "origin", "seen", "actual", "learned")
+    ARRAYS = ("newest", "filled", "origin", "seen", "actual", "learned", "step_mean", "steps")
 
     def __init__(self, window: int, features: int, capacity: int = 0) -> None:
         self.window = window
@@ -37,6 +42,8 @@ class Windows:
         self.seen = np.zeros((0, window, features), np.float32)
         self.actual = np.zeros((0, window, features), np.float32)
         self.learned: BoolArray = np.zeros((0, window), np.bool_)
+        self.step_mean: Float64Array = np.zeros((0, features))
+        self.steps: Int32Array = np.zeros(0, np.int32)
         # Row r is the order in which a ring whose oldest cell stands at position r is read.
         self._turn = (np.arange(window)[:, None] + np.arange(window)) % window
         self.resize(capacity)
@@ -86,12 +93,19 @@ class Windows:
             actual: what arrived, (K, F), NaN for nothing.
             learned: whether `seen` is what arrived, (K,).
         """
-        position = cell % self.window
-        origin = self.origin[slot]
+        position, before = cell % self.window, (cell - 1) % self.window
+        origin, previous = self.origin[slot], self.seen[slot, before]
         relative = (seen - origin).astype(np.float32)
         unknown = np.isnan(relative)
         if unknown.any():
-            relative = np.where(unknown, self.seen[slot, (cell - 1) % self.window], relative)
+            relative = np.where(unknown, previous, relative)
+        change = learned & self.learned[slot, before] & (self.filled[slot] > 0)
+        steps = np.minimum(self.steps[slot] + change, STEPS_MAX)
+        mean = self.step_mean[slot]
+        step = np.abs(relative.astype(np.float64) - previous)
+        grown = mean + (step - mean) / np.maximum(steps, 1)[:, None]
+        self.step_mean[slot] = np.where(change[:, None], grown, mean)
+        self.steps[slot] = steps
         self.seen[slot, position] = relative
         self.actual[slot, position] = actual - origin
         self.learned[slot, position] = learned
@@ -116,6 +130,10 @@ class Windows:
         self.seen[slot[learn], position[learn]] = relative[learn]
         self.learned[slot[learn], position[learn]] = True
         return inside
+
+    def usual_step(self, slot: Int32Array) -> Float64Array:
+        """Return the mean absolute change from point to point, (K, F); NaN for fewer changes than a window holds."""
+        return np.where(self.steps[slot, None] >= self.window, self.step_mean[slot], np.nan)
 
     def accept_actual(self, slot: Int32Array) -> None:
         """Make what arrived what the model sees: the values flagged so far are the new normal."""

@@ -42,6 +42,8 @@ class Persistence:
         assert history.shape[1:] == (self.window, self.features)
         assert np.isfinite(history).all(), "the window of a model has no holes"
         spread = history.max(axis=1) - history.min(axis=1)
+        if usual_step is not None:
+            spread = spread + np.nan_to_num(usual_step)
         floor = np.maximum(np.abs(history).max(axis=1) * 2.0**-20, 1e-100)
         return Forecast(history[:, -1].copy(), np.maximum(spread, floor))
 
@@ -55,10 +57,13 @@ def config(
     max_alarms: int = 1000,
     warmup_ms: int = 0,
     min_observed: float = 0.2,
+    follow_ratio: float = 3.0,
 ) -> DetectorConfig:
     pot = replace(pot, max_alarms=max_alarms)
     policy = IncidentPolicy(recover_after, accept_after_ms)
-    return DetectorConfig(interval_ms, pot, policy, warmup_ms=warmup_ms, min_observed=min_observed)
+    return DetectorConfig(
+        interval_ms, pot, policy, warmup_ms=warmup_ms, min_observed=min_observed, follow_ratio=follow_ratio
+    )
 
 
 def detector(
@@ -151,6 +156,8 @@ class _Series:
     seen: dict[int, np.float32] = field(default_factory=dict)
     actual: dict[int, float | None] = field(default_factory=dict)
     learned: dict[int, bool] = field(default_factory=dict)
+    steps: int = 0
+    step_mean: float = 0.0
     first_score: int | None = None
     incident: _Incident | None = None
 
@@ -225,7 +232,8 @@ class Reference:
         if cell - one.begin < self.model.window:
             return None
         history = [float(one.seen[c]) + one.origin for c in range(cell - self.model.window, cell)]
-        forecast = self.model.forecast(np.array(history).reshape(1, -1, 1))
+        usual = one.step_mean if one.steps >= self.model.window else math.nan
+        forecast = self.model.forecast(np.array(history).reshape(1, -1, 1), np.array([[usual]]))
         return float(forecast.expected[0, 0]), float(forecast.spread[0, 0])
 
     def _complete(self, one: _Series, cell: int) -> None:
@@ -236,14 +244,21 @@ class Reference:
 
     def _observe(self, name: str, one: _Series, row: int, cell: int, time: int, value: float) -> None:
         forecast, before = self._forecast(one, cell), range(cell - self.model.window, cell)
-        flagged = False
+        ratio = 0.0  # of a flagged point
         if forecast is not None:
             arrived = sum(one.actual[c] is not None for c in before)
             if arrived / self.model.window >= self.config.min_observed:
                 completed = sum(not one.learned[c] for c in before)
-                flagged = self._judge(name, one, row, time, value, forecast, completed)
-        one.seen[cell] = np.float32((forecast[0] if forecast and flagged else value) - one.origin)
-        one.actual[cell], one.learned[cell], one.newest = value, not flagged, cell
+                ratio = self._judge(name, one, row, time, value, forecast, completed)
+        seen = value
+        if forecast is not None and ratio:
+            near = ratio <= self.config.follow_ratio
+            seen = forecast[0] + ((value - forecast[0]) / ratio if near else 0.0)
+        one.seen[cell] = np.float32(seen - one.origin)
+        if not ratio and one.learned.get(cell - 1, False):
+            one.steps = min(one.steps + 1, 10_000)
+            one.step_mean += (abs(float(one.seen[cell]) - float(one.seen[cell - 1])) - one.step_mean) / one.steps
+        one.actual[cell], one.learned[cell], one.newest = value, not ratio, cell
 
     def _judge(
         self,
@@ -254,7 +269,7 @@ class Reference:
         value: float,
         forecast: tuple[float, float],
         completed: int,
-    ) -> bool:
+    ) -> float:
         expected, spread = forecast
         score = float(np.float32(min(abs(value - expected) / spread, 1e38)))
         if one.first_score is None:
@@ -264,7 +279,7 @@ class Reference:
         self.counts.scored += 1
         outcome, threshold, p = int(step.outcome[0]), float(step.threshold[0]), float(step.probability[0])
         if outcome == Outcome.WARMING:
-            return False
+            return 0.0
         anomalous, incident = outcome == Outcome.ANOMALY, one.incident
         q, policy = self.config.pot.q, self.config.incidents
         severity = 0 if not anomalous else 3 if p <= q / 100 else 2 if p <= q / 10 else 1
@@ -272,7 +287,7 @@ class Reference:
         kind = ""
         if not anomalous:
             if incident is None:
-                return False
+                return 0.0
             incident.normal_run += 1
             if incident.normal_run == policy.recover_after:
                 kind, one.incident = "resolved", None
@@ -299,7 +314,7 @@ class Reference:
         if kind:
             self.counts.events += 1
             self.events.append((row, self._event(name, kind, time, incident, value, forecast, score, step, completed)))
-        return anomalous and kind != "accepted"
+        return ratio if anomalous and kind != "accepted" else 0.0
 
     def _event(
         self,

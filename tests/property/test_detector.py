@@ -34,6 +34,7 @@ policies = st.builds(
     warmup_ms=st.sampled_from([0, 0, 40_000]),
     min_observed=st.sampled_from([0.0, 0.2, 0.5]),
     max_alarms=st.sampled_from([0, 5, 1000]),
+    follow_ratio=st.sampled_from([1.0, 3.0]),
 )
 places = st.sets(st.integers(1, 400), max_size=12)
 
