@@ -200,11 +200,19 @@ def test_a_signal_to_their_owner_ends_them(owner: Owner, number: signal.Signals,
     assert not list(runtime_dir.iterdir())
 
 
-def test_sigkill_of_an_owner_at_whatever_moment_of_its_start_leaves_no_server() -> None:
+def test_sigkill_of_an_owner_at_whatever_moment_of_its_start_leaves_nothing(tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    script = (
+        f"import tempfile, stream.embedded as e; e._temporary_dir = lambda: e.Path(tempfile.mkdtemp(dir='{memory}'))"
+    )
     children: list[psutil.Process] = []
-    for delay_s in (0.02, 0.06, 0.12):
+    for delay_s in (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15):
         process = subprocess.Popen(
-            [sys.executable, "-c", OWNER], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            [sys.executable, "-c", script + OWNER],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         wait_until(lambda pid=process.pid: bool(servers_of(pid)), "the first child")  # type: ignore[misc]
         time.sleep(delay_s)
@@ -212,6 +220,7 @@ def test_sigkill_of_an_owner_at_whatever_moment_of_its_start_leaves_no_server() 
         process.kill()
         process.wait()
     wait_until(lambda: all_gone(children), "no server is left")
+    wait_until(lambda: is_empty(memory), "no file is left")
 
 
 def test_a_killed_owner_of_kept_data_leaves_its_servers_the_time_to_write_it(tmp_path: Path) -> None:
