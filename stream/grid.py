@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stream.columns import BoolArray, Int32Array, Int64Array
+from stream.columns import BoolArray, Float64Array, Int32Array, Int64Array
 
 PROBE_POINTS = 8  # distinct timestamps that a series must show before its interval is inferred; below every window
 
@@ -22,18 +22,20 @@ _UNITS_MS = np.array(
     + [s * _SECOND for s in (30, 20, 15, 10, 5, 2, 1)]
     + [500, 200, 100, 50, 20, 10, 5, 2, 1]
 )
-_ALIKE_WITHIN = 0.1
-_DOUBT = 6.0  # standard errors, for a deviation that is known from eight points only
-_DOUBT_LEAST = 0.002  # share of the interval
+_ALIKE_WITHIN = 0.1  # of a difference
+_ON_GRID_WITHIN = 0.35  # of an interval
+_DOUBT = 6.0  # standard errors of the slope: the error is known from a few points only, and most intervals are round
+_DOUBT_IRREGULAR = 0.02  # of the interval, where there is no slope to doubt
 
 
 def infer_interval(timestamp_ms: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Return the interval and the phase of each series from its first timestamps.
 
-    The commonest difference (the one that most others equal within a tenth, the smallest of equally common ones) says
-    how many cells lie between the points; the median slope over all pairs of points is the interval. Jitter leaves it
-    in some doubt, and within that the roundest number is taken: 1 s of jitter on points of 10 s would otherwise give
-    9.7 s, and every thirtieth point a wrong cell. The phase is the median offset of the points from the grid.
+    The interval is the commonest difference: the one that most others equal within a tenth, the smallest of equally
+    common ones, as the median of those. Where every point then has a cell of its own, jitter aside, the median slope
+    over all pairs of points is better. Jitter leaves either in some doubt, and within that the roundest number is
+    taken: 1 s of jitter on points of 10 s would otherwise give 9.7 s, and every thirtieth point a wrong cell. The
+    phase is the median offset of the points from the grid.
 
     Args:
         timestamp_ms: (K, P) int64, rising strictly along each row, P >= 2.
@@ -43,31 +45,44 @@ def infer_interval(timestamp_ms: Int64Array) -> tuple[Int64Array, Int64Array]:
 
     Source: Theil-Sen estimator; standard error of a slope.
     """
-    points = timestamp_ms.shape[1]
     since = (timestamp_ms - timestamp_ms[:, :1]).astype(np.float64)  # (K, P)
     difference = np.diff(since, axis=1)  # (K, P-1)
     alike = np.abs(difference[:, :, None] - difference[:, None, :]) <= _ALIKE_WITHIN * difference[:, :, None]
     support = alike.sum(axis=2)  # (K, P-1)
-    commonest = np.where(support == support.max(axis=1, keepdims=True), difference, np.inf).min(axis=1)
-    near = np.abs(difference - commonest[:, None]) <= _ALIKE_WITHIN * commonest[:, None]
-    interval = np.nanmedian(np.where(near, difference, np.nan), axis=1)
+    most = support == support.max(axis=1, keepdims=True)
+    commonest = np.where(most, difference, np.inf).min(axis=1, keepdims=True)  # (K, 1), as all that follow
+    near = np.abs(difference - commonest) <= _ALIKE_WITHIN * commonest
+    commonest = np.nanmedian(np.where(near, difference, np.nan), axis=1, keepdims=True)
 
-    earlier, later = np.triu_indices(points, 1)
-    cell = np.zeros_like(since)
-    for _ in range(2):  # the better interval of the first pass counts the cells of long gaps right
-        cell[:, 1:] = np.cumsum(np.rint(difference / interval[:, None]), axis=1)
-        cells, apart = cell[:, later] - cell[:, earlier], since[:, later] - since[:, earlier]
-        interval = np.nanmedian(np.divide(apart, cells, out=np.full_like(apart, np.nan), where=cells > 0), axis=1)
-
-    offset = since - cell * interval[:, None]
+    slope = commonest
+    earlier, later = np.triu_indices(since.shape[1], 1)
+    for _ in range(2):  # the better slope of the first pass counts the cells of long gaps right
+        cell = _cells(difference, slope)
+        apart, cells = since[:, later] - since[:, earlier], cell[:, later] - cell[:, earlier]
+        slopes = np.divide(apart, cells, out=np.full_like(apart, np.nan), where=cells > 0)
+        slope = np.nanmedian(slopes, axis=1, keepdims=True)
+    cell = _cells(difference, slope)
+    offset = since - cell * slope
     offset -= np.median(offset, axis=1, keepdims=True)
-    deviation = 1.4826 * np.median(np.abs(offset), axis=1)
-    doubt = np.maximum(_DOUBT * deviation / np.sqrt(points * cell.var(axis=1)), _DOUBT_LEAST * interval)
-    round_ = np.maximum(np.rint(interval[:, None] / _UNITS_MS), 1) * _UNITS_MS  # (K, units)
-    likely = np.abs(round_ - interval[:, None]) <= np.maximum(doubt, 0.5)[:, None]  # whole milliseconds always are
-    interval = np.take_along_axis(round_, likely.argmax(axis=1)[:, None], axis=1)[:, 0]
-    phase = timestamp_ms[:, 0] + np.rint(np.median(since - cell * interval[:, None], axis=1)).astype(np.int64)
-    return interval.astype(np.int64), phase
+    regular = (np.abs(offset) <= _ON_GRID_WITHIN * slope).all(axis=1) & (np.diff(cell, axis=1) > 0).all(axis=1)
+    regular = regular[:, None]
+    interval = np.where(regular, slope, commonest)
+
+    leverage = np.square(cell - cell.mean(axis=1, keepdims=True)).sum(axis=1, keepdims=True)
+    error = np.sqrt(np.square(offset).mean(axis=1, keepdims=True) / np.maximum(leverage, 1.0))
+    doubt = np.where(regular, _DOUBT * error, _DOUBT_IRREGULAR * interval)
+    candidates = np.maximum(np.rint(interval / _UNITS_MS), 1) * _UNITS_MS  # (K, units); whole ms are always likely
+    likely = np.abs(candidates - interval) <= np.maximum(doubt, 0.5)
+    interval = np.take_along_axis(candidates, likely.argmax(axis=1, keepdims=True), axis=1)
+    phase = np.rint(np.median(since - _cells(difference, interval) * interval, axis=1)).astype(np.int64)
+    return interval[:, 0].astype(np.int64), timestamp_ms[:, 0] + phase
+
+
+def _cells(difference: Float64Array, interval: Float64Array) -> Float64Array:
+    """Return the cell of each point on a grid through the first one, (K, P)."""
+    cell = np.zeros((len(difference), difference.shape[1] + 1))
+    cell[:, 1:] = np.cumsum(np.rint(difference / interval), axis=1)
+    return cell
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,7 @@ def _decode_lenient(value: bytes, problem: str) -> Point:
         raise _Refusal("not_json", f"the record is not JSON: {problem}") from None
     try:
         return msgspec.convert(loose, Point)
-    except msgspec.ValidationError as e:
+    except (msgspec.ValidationError, UnicodeEncodeError) as e:  # the latter of half a surrogate pair in a string
         raise _Refusal("wrong_type", str(e)) from None
 
 
@@ -140,7 +140,8 @@ def _columns(points: list[Point], rows: list[int] | range, index: SeriesIndex, r
     timestamps = np.where(timestamps < SECONDS_BELOW, timestamps * 1000, timestamps)
     if (bad | (timestamps > TIMESTAMP_MAX_MS)).any():
         return _columns_one_by_one(points, rows, index, rejects)
-    return Columns(slots, timestamps, values, np.arange(len(points)) if isinstance(rows, range) else np.array(rows))
+    row = np.arange(len(points)) if isinstance(rows, range) else np.array(rows, np.int64)
+    return Columns(slots, timestamps, values, row)
 
 
 def _columns_one_by_one(

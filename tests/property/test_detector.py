@@ -110,11 +110,13 @@ def test_a_null_says_no_more_than_its_absence(
 
 
 @quick
-@given(policy=policies, stream=streams(), factor=st.sampled_from([2.0**-20, 0.5, 1024.0]))
-def test_the_unit_changes_no_decision(policy: DetectorConfig, stream: list[Arrival], factor: float) -> None:
+@given(policy=policies, model=models, stream=streams(), factor=st.sampled_from([2.0**-20, 0.5, 1024.0]))
+def test_the_unit_changes_no_decision(
+    policy: DetectorConfig, model: Forecaster, stream: list[Arrival], factor: float
+) -> None:
     # A power of two changes no digit of any value, so that even the scores have to be the same.
-    as_is = run(detector(policy), stream)
-    scaled = run(detector(policy), [(name, time, value * factor) for name, time, value in stream])
+    as_is = run(detector(policy, model), stream)
+    scaled = run(detector(policy, model), [(name, time, value * factor) for name, time, value in stream])
     unitless = ("incident", "severity", "anomalies", "score", "threshold", "ratio", "probability", "window")
     assert [(e["id"], e["time"], *(e["data"][k] for k in unitless)) for e in scaled.data] == [
         (e["id"], e["time"], *(e["data"][k] for k in unitless)) for e in as_is.data
