@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,13 @@ class Forecaster(Protocol):
     def features(self) -> int:
         """F, the metrics of one point."""
 
-    def forecast(self, history: Float64, usual_step: Float64 | None = None) -> Forecast:
+    def forecast(
+        self, history: Float64, usual_step: Float64 | None = None, learned: Bool | None = None
+    ) -> Forecast:
         """Forecast the point after each window; history is (B, W, F) float64 without NaN, oldest point first.
 
-        usual_step is the mean absolute change from point to point over each series' life, (B, F), if it is known.
+        usual_step is the mean absolute change from point to point over each series' life, (B, F), if it is known;
+        learned says which points were observed and normal, (B, W), the others being completed.
         """
 
 

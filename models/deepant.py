@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.base import Float64, Forecast, contributions, residual, score
+from models.base import Bool, Float64, Forecast, contributions, residual, score
 from models.batching import SIZES, run_padded
 from models.errors import ConfigError
 
@@ -244,7 +244,9 @@ class DeepAnT:
         state = self.network.state_dict()
         return OrderedDict((name, state[name].detach().contiguous()) for name in self.config.shapes)
 
-    def forecast(self, history: Float64, usual_step: Float64 | None = None) -> Forecast:
+    def forecast(
+        self, history: Float64, usual_step: Float64 | None = None, learned: Bool | None = None
+    ) -> Forecast:
         """Forecast the point after each window.
 
         Args:
@@ -253,10 +255,12 @@ class DeepAnT:
                 NaN where it is not known yet; it makes scores steadier and free of a unit (see `local_spread`).
                 Used when scaling is "window"; a model with scaling "train" knows that of its training data.
                 Without any, the spread is 1 when scaling is "window" and the constant scale when it is "train".
+            learned: points that were observed and are normal, (B, W) bool; the others are completed, and their steps
+                say nothing of how the series moves. None: all of them.
 
         Returns:
-            expected and spread, (B, F) float64, in the units of history. A row depends on the same row of history
-            (and usual_step) only, bit for bit.
+            expected and spread, (B, F) float64, in the units of history. A row depends on the same row of the
+            arguments only, bit for bit.
 
         Raises:
             ValueError: history has another shape than (B, W, F).
@@ -268,15 +272,15 @@ class DeepAnT:
             x = standardise(history, self.center, self.scale)
             center, scale = np.broadcast_to(self.center, shape), np.broadcast_to(self.scale, shape)
             own = self.usual_step
-            spread = scale.copy() if own is None else local_spread(history, np.broadcast_to(own, shape))
+            spread = scale.copy() if own is None else local_spread(history, np.broadcast_to(own, shape), learned)
         else:
             x, center, scale = normalise(history)
-            spread = np.ones(shape) if usual_step is None else local_spread(history, usual_step)
+            spread = np.ones(shape) if usual_step is None else local_spread(history, usual_step, learned)
         y = run_padded(self.served, x, chunk=self._chunk)
         return Forecast(expected=center + scale * y, spread=spread)
 
 
-def local_spread(history: Float64, usual_step: Float64) -> Float64:
+def local_spread(history: Float64, usual_step: Float64, learned: Bool | None = None) -> Float64:
     """Size of error that a window leads one to expect: sqrt((d + s) s), d the mean step in it, s the usual step.
 
     A KPI is noisier by day than by night, so errors are measured against the window's own steps; but only by the root,
@@ -288,14 +292,20 @@ def local_spread(history: Float64, usual_step: Float64) -> Float64:
     Args:
         history: windows, (B, W, F) float64.
         usual_step: (B, F) float64, >= 0; NaN where it is not known yet: the window's own is taken.
+        learned: (B, W) bool; a step from or to a point that is not counts as a usual one. None: all are.
 
     Returns:
         (B, F) float64, > 0, in the units of history.
     """
     x = np.ascontiguousarray(history.transpose(0, 2, 1))  # (B, F, W), as in `normalise`
     floor = np.maximum(FLAT * np.abs(x).max(axis=2), SMALLEST)
-    step = np.abs(np.diff(x, axis=2)).mean(axis=2)
-    usual = np.maximum(np.where(np.isnan(usual_step), step, usual_step), floor)
+    steps = np.abs(np.diff(x, axis=2))
+    usual = np.where(np.isnan(usual_step), steps.mean(axis=2), usual_step)
+    if learned is not None:
+        known = learned[:, None, 1:] & learned[:, None, :-1]
+        steps = np.where(known, steps, usual[:, :, None])
+    step = steps.mean(axis=2)
+    usual = np.maximum(usual, floor)
     spread: Float64 = np.sqrt(step + usual) * np.sqrt(usual)
     return spread
 

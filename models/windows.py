@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.base import Float64
+from models.base import Bool, Float64
 from models.errors import ConfigError
 
-Bool = NDArray[np.bool_]
 Int64 = NDArray[np.int64]
 
 

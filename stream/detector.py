@@ -42,6 +42,7 @@ _FIRST_CAPACITY = 64
 NEVER = -1  # no event time: those are not negative
 _NO_PHASE = np.iinfo(np.int64).min
 _SCORE_MAX = 1e38  # below the largest float32
+_PROBABILITY_MIN = 1e-12  # what a tail fitted to a hundred excesses says below it means no more than "never seen"
 _RATIO_MAX = 1e9  # a threshold of 0 (a series that was always forecast exactly) has no ratio
 
 
@@ -338,14 +339,16 @@ class Detector:
             self.windows.begin(slot[fresh], value[fresh, None])
 
         observed = kind != _Kind.MISSING
-        expected = np.full((len(slot), 1), np.nan)
+        expected, completion = np.full((2, len(slot), 1), np.nan)
         judged = np.full(len(slot), Outcome.WARMING, np.uint8)
         full = np.flatnonzero(filled == self.model.window)
         row_scores = None
         if len(full):
             history, learned = self.windows.history(slot[full], cell[full])
-            forecast = self.model.forecast(history, self.windows.usual_step(slot[full]))
+            forecast = self.model.forecast(history, self.windows.usual_step(slot[full]), learned)
             expected[full] = forecast.expected
+            # Forecast from forecasts, a gap would run away: what completes it stays within what the window has seen.
+            completion[full] = np.clip(forecast.expected, history.min(axis=1), history.max(axis=1))
             enough = learned.mean(axis=1) >= self.config.min_observed
             if not enough.all():  # flagged values are not learned, but they did arrive: a long incident stays judged
                 enough = self.windows.arrived(slot[full]) >= self.config.min_observed
@@ -360,11 +363,11 @@ class Detector:
         flagged = judged == Outcome.ANOMALY
         learn = observed & ~flagged
         actual = np.where(observed, value, np.nan)[:, None]
-        seen = np.where(learn[:, None], actual, expected)
+        seen = np.where(learn[:, None], actual, completion)
         if row_scores is not None and flagged.any():
             ratio = _ratio(row_scores[0], row_scores[1])
             near = flagged & (ratio <= self.config.follow_ratio)
-            seen[near] += (actual[near] - expected[near]) / ratio[near, None]
+            seen[near] = expected[near] + (actual[near] - expected[near]) / ratio[near, None]
         self.windows.append(slot, cell, seen, actual, learn)
         if want_scores:
             score, threshold, probability = np.full((3, len(slot)), np.nan) if row_scores is None else row_scores
@@ -458,7 +461,7 @@ class Detector:
             score=significant(float(point.score[i])),
             threshold=significant(threshold),
             ratio=significant(float(_ratio(point.score[i], threshold))),
-            probability=significant(float(point.step.probability[i])),
+            probability=significant(max(float(point.step.probability[i]), _PROBABILITY_MIN)),
             window=WindowInfo(self.model.window, self.model.window - int(point.learned[i])),
         )
         if action in (Action.RESOLVED, Action.ACCEPTED):

@@ -13,6 +13,7 @@ import numpy as np
 
 from stream.columns import BoolArray, Float64Array, Int32Array, Int64Array
 
+STEPS_MIN = 8  # changes that a mean of them needs
 STEPS_MAX = 10_000  # changes that the mean of a series' steps remembers: a month of 5-minute points
 
 
@@ -132,8 +133,8 @@ class Windows:
         return inside
 
     def usual_step(self, slot: Int32Array) -> Float64Array:
-        """Return the mean absolute change from point to point, (K, F); NaN for fewer changes than a window holds."""
-        return np.where(self.steps[slot, None] >= self.window, self.step_mean[slot], np.nan)
+        """Return the mean absolute change from point to point, (K, F); NaN for fewer than `STEPS_MIN` changes."""
+        return np.where(self.steps[slot, None] >= STEPS_MIN, self.step_mean[slot], np.nan)
 
     def accept_actual(self, slot: Int32Array) -> None:
         """Make what arrived what the model sees: the values flagged so far are the new normal."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from models.base import Float64, Forecast, Forecaster
 from models.pot import Outcome, PotConfig, Spot
 from stream import events, grid, snapshot
-from stream.columns import Columns, Float64Array
+from stream.columns import BoolArray, Columns, Float64Array
 from stream.detector import Counts, Detector, DetectorConfig
 from stream.incidents import IncidentPolicy
 
@@ -38,12 +38,16 @@ class Persistence:
     features: int = 1
     family: str = "persistence"
 
-    def forecast(self, history: Float64, usual_step: Float64 | None = None) -> Forecast:
+    def forecast(
+        self, history: Float64, usual_step: Float64 | None = None, learned: BoolArray | None = None
+    ) -> Forecast:
         assert history.shape[1:] == (self.window, self.features)
         assert np.isfinite(history).all(), "the window of a model has no holes"
         spread = history.max(axis=1) - history.min(axis=1)
         if usual_step is not None:
             spread = spread + np.nan_to_num(usual_step)
+        if learned is not None:
+            spread = spread * (1 + learned.sum(axis=1, keepdims=True) / 8)
         floor = np.maximum(np.abs(history).max(axis=1) * 2.0**-20, 1e-100)
         return Forecast(history[:, -1].copy(), np.maximum(spread, floor))
 
@@ -232,13 +236,19 @@ class Reference:
         if cell - one.begin < self.model.window:
             return None
         history = [float(one.seen[c]) + one.origin for c in range(cell - self.model.window, cell)]
-        usual = one.step_mean if one.steps >= self.model.window else math.nan
-        forecast = self.model.forecast(np.array(history).reshape(1, -1, 1), np.array([[usual]]))
+        learned = [one.learned[c] for c in range(cell - self.model.window, cell)]
+        usual = one.step_mean if one.steps >= 8 else math.nan
+        forecast = self.model.forecast(np.array(history).reshape(1, -1, 1), np.array([[usual]]), np.array([learned]))
         return float(forecast.expected[0, 0]), float(forecast.spread[0, 0])
+
+    def _within(self, one: _Series, cell: int, expected: float) -> float:
+        """What completes the cell, relative to the origin: no further than the window has been."""
+        history = [float(one.seen[c]) + one.origin for c in range(cell - self.model.window, cell)]
+        return min(max(expected, min(history)), max(history)) - one.origin
 
     def _complete(self, one: _Series, cell: int) -> None:
         forecast = self._forecast(one, cell)
-        one.seen[cell] = one.seen[cell - 1] if forecast is None else np.float32(forecast[0] - one.origin)
+        one.seen[cell] = one.seen[cell - 1] if forecast is None else np.float32(self._within(one, cell, forecast[0]))
         one.actual[cell], one.learned[cell], one.newest = None, False, cell
         self.counts.completed += forecast is not None
 
@@ -250,11 +260,13 @@ class Reference:
             if arrived / self.model.window >= self.config.min_observed:
                 completed = sum(not one.learned[c] for c in before)
                 ratio = self._judge(name, one, row, time, value, forecast, completed)
-        seen = value
+        seen = value - one.origin
         if forecast is not None and ratio:
-            near = ratio <= self.config.follow_ratio
-            seen = forecast[0] + ((value - forecast[0]) / ratio if near else 0.0)
-        one.seen[cell] = np.float32(seen - one.origin)
+            if ratio <= self.config.follow_ratio:
+                seen = forecast[0] + (value - forecast[0]) / ratio - one.origin
+            else:
+                seen = self._within(one, cell, forecast[0])
+        one.seen[cell] = np.float32(seen)
         if not ratio and one.learned.get(cell - 1, False):
             one.steps = min(one.steps + 1, 10_000)
             one.step_mean += (abs(float(one.seen[cell]) - float(one.seen[cell - 1])) - one.step_mean) / one.steps
@@ -347,7 +359,7 @@ class Reference:
             "score": six(score),
             "threshold": six(threshold),
             "ratio": six(ratio),
-            "probability": six(float(step.probability[0])),
+            "probability": six(max(float(step.probability[0]), 1e-12)),
             "window": {"cells": self.model.window, "completed": completed},
         }
         if kind in ("resolved", "accepted"):
