@@ -21,6 +21,7 @@ from stream.errors import InputError
 from stream.sample import Sample
 
 BATCH_POINTS = 10_000
+CELLS_MAX = 50_000_000  # of one KPI in training: 95 years of minutes, and 400 MB; one stray timestamp asks for more
 
 
 def run(
@@ -52,7 +53,7 @@ def training_series(points: Points, interval_ms: int = 0, digests: dict[str, str
         digests: SHA-256 of the file of each KPI, for the record.
 
     Raises:
-        InputError: a KPI has too few points to have a grid.
+        InputError: a KPI has too few points to have a grid, or its grid is too long to lay out.
     """
     series = []
     for k, name in enumerate(points.names):
@@ -69,6 +70,11 @@ def training_series(points: Points, interval_ms: int = 0, digests: dict[str, str
         origin = int(time[0]) if interval_ms else int(phase[0])
         cell: Int64Array = (time - origin + interval // 2) // interval
         cell -= cell[0]
+        if cell[-1] >= CELLS_MAX:
+            raise InputError(
+                f"{name}: its {len(value)} points span {cell[-1] + 1} cells of {interval / 1000:g} s, the limit is "
+                f"{CELLS_MAX}; mend its timestamps or set the interval"
+            )
         values = np.full((int(cell[-1]) + 1, 1), np.nan)
         values[cell, 0] = value
         anomalous = np.zeros(len(values), np.bool_)

@@ -24,7 +24,7 @@ _UNITS_MS = np.array(
 )
 _ALIKE_WITHIN = 0.1  # of a difference
 _ON_GRID_WITHIN = 0.35  # of an interval
-_DOUBT = 6.0  # standard errors of the slope: the error is known from a few points only, and most intervals are round
+_DOUBT = 8.0  # standard errors of the slope: the error is known from a few points only, and most intervals are round
 _DOUBT_IRREGULAR = 0.02  # of the interval, where there is no slope to doubt
 
 
@@ -64,8 +64,8 @@ def infer_interval(timestamp_ms: Int64Array) -> tuple[Int64Array, Int64Array]:
     cell = _cells(difference, slope)
     offset = since - cell * slope
     offset -= np.median(offset, axis=1, keepdims=True)
-    regular = (np.abs(offset) <= _ON_GRID_WITHIN * slope).all(axis=1) & (np.diff(cell, axis=1) > 0).all(axis=1)
-    regular = regular[:, None]
+    on_grid = np.abs(offset) <= _ON_GRID_WITHIN * slope
+    regular = on_grid.all(axis=1, keepdims=True) & (np.diff(cell, axis=1) > 0).all(axis=1, keepdims=True)
     interval = np.where(regular, slope, commonest)
 
     leverage = np.square(cell - cell.mean(axis=1, keepdims=True)).sum(axis=1, keepdims=True)

@@ -92,7 +92,7 @@ class Settings(Section):
     recover_after: int = Field(3, ge=1, description="Normal points in a row that resolve an incident.")
     accept_after_h: float = Field(12.0, gt=0, description="An incident this long is taken for the new normal, hours.")
     future_limit_s: float = Field(600.0, gt=0, description="How far ahead of its arrival a point may lie, seconds.")
-    source: str = Field("tocsin", min_length=1, description="CloudEvents source of the events.")
+    source: str = Field("tocsin", pattern=r"^[!-~]+$", description="CloudEvents source of the events, a URI reference.")
     log_level: str = Field(
         "INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Logs on stderr from this level."
     )
