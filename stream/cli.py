@@ -34,7 +34,8 @@ app.add_typer(models_app, name="models")
 _EPILOG = "Exit codes: 0 fine, 2 wrong setting or argument, 1 anything else."
 
 Files = Annotated[
-    list[Path], typer.Argument(help="CSV files, plain or .gz: timestamp,value[,label], or a column per KPI.", metavar="FILE…")
+    list[Path],
+    typer.Argument(help="CSV files, plain or .gz: timestamp,value[,label], or a column per KPI.", metavar="FILE…"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 
@@ -101,7 +102,9 @@ def _common(
 
 @app.command(epilog=_EPILOG)
 def demo(
-    files: Annotated[list[Path] | None, typer.Argument(help="CSV files; none: a generated, labelled sample.", metavar="[FILE…]")] = None,
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="CSV files; none: a generated, labelled sample.", metavar="[FILE…]")
+    ] = None,
     as_json: Json = False,
     checkpoint: Annotated[str | None, typer.Option(help="Checkpoint, NAME or NAME@VERSION.")] = None,
 ) -> None:
@@ -174,7 +177,9 @@ def replay(
     speed: Annotated[str, typer.Option(help="Event seconds per second, or max.")] = "max",
     topic: Annotated[str | None, typer.Option(help="Topic to send to; none: the points topic.")] = None,
     shift_to_now: Annotated[bool, typer.Option("--shift-to-now", help="Move the last point to now.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped replay of these files ended.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a stopped replay of these files ended.")
+    ] = False,
 ) -> None:
     """Send the points of CSV files to the points topic; several files are merged by time."""
     from stream import render
@@ -218,7 +223,9 @@ def replay(
 def subscribe(
     kpi: Annotated[str, typer.Option(help="Glob that the KPI's name must match.")] = "*",
     min_severity: Annotated[Severity, typer.Option(help="Least severity.")] = Severity.WARNING,
-    start: Annotated[Start, typer.Option("--from", help="Begin with new events or with all that are kept.")] = Start.LATEST,
+    start: Annotated[
+        Start, typer.Option("--from", help="Begin with new events or with all that are kept.")
+    ] = Start.LATEST,
     as_json: Json = False,
 ) -> None:
     """Follow the anomaly topic."""
@@ -244,7 +251,9 @@ def backtest(
     files: Files,
     as_json: Json = False,
     scores: Annotated[Path | None, typer.Option(help="Write every score to this CSV file.")] = None,
-    train_fraction: Annotated[float | None, typer.Option(help="Train on this first part of the points, test on the rest.")] = None,
+    train_fraction: Annotated[
+        float | None, typer.Option(help="Train on this first part of the points, test on the rest.")
+    ] = None,
     model: Annotated[Family, typer.Option(help="Family to train with --train-fraction.")] = Family.DEEPANT,
     window: Annotated[int, typer.Option(help="Window of the model to train, points.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
@@ -299,7 +308,10 @@ def train(
     name: Annotated[str, typer.Option(help="Name of the checkpoint; each run adds a version.")] = ...,  # type: ignore[assignment]
     model: Annotated[Family, typer.Option(help="Family.")] = Family.DEEPANT,
     window: Annotated[int, typer.Option(help="Points of history: 10, 14, 18, …")] = 30,
-    scaling: Annotated[Scaling, typer.Option(help="train: one KPI's own scale; window: for KPIs never seen; auto: by the number of KPIs.")] = Scaling.AUTO,
+    scaling: Annotated[
+        Scaling,
+        typer.Option(help="train: one KPI's own scale; window: for KPIs never seen; auto: by the number of KPIs."),
+    ] = Scaling.AUTO,
     generated: Annotated[int, typer.Option(help="Learn from so many generated KPIs as well.")] = 0,
     epochs: Annotated[int, typer.Option(help="At most so many epochs.")] = 30,
     seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
@@ -344,7 +356,10 @@ def write_sample(
     with output.open("w", newline="") as file:
         sample.write_csv(made, file)
     for segment in (*made.segments, *made.silences):
-        times = (datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M") for ms in (segment.start_ms, segment.end_ms))
+        times = (
+            datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")
+            for ms in (segment.start_ms, segment.end_ms)
+        )
         _say("{}  {}  {}".format(*times, segment.kind))
 
 
@@ -356,8 +371,12 @@ def import_model(
     file: Annotated[Path, typer.Argument(help="State dict: .safetensors, or one that torch loads with weights_only.")],
     name: Annotated[str, typer.Option(help="Name of the checkpoint.")] = ...,  # type: ignore[assignment]
     window: Annotated[int, typer.Option(help="Points of history that it was trained with.")] = ...,  # type: ignore[assignment]
-    center: Annotated[float | None, typer.Option(help="Subtracted from a value (the minimum, or the mean); none: window scaling.")] = None,
-    scale: Annotated[float | None, typer.Option(help="What it is then divided by (the range, or the deviation).")] = None,
+    center: Annotated[
+        float | None, typer.Option(help="Subtracted from a value (the minimum, or the mean); none: window scaling.")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="What it is then divided by (the range, or the deviation).")
+    ] = None,
 ) -> None:
     """Bring a DeepAnT that was trained elsewhere into the repository."""
     from models import checkpoint as repository
@@ -381,7 +400,9 @@ def list_models(as_json: Json = False) -> None:
     where = roots(_settings())
     rows = {name: repository.versions(where, name) for name in repository.names(where)}
     for name, versions in rows.items():
-        typer.echo(json.dumps({"name": name, "versions": versions}) if as_json else f"{name}  {', '.join(map(str, versions))}")
+        typer.echo(
+            json.dumps({"name": name, "versions": versions}) if as_json else f"{name}  {', '.join(map(str, versions))}"
+        )
 
 
 @app.command(epilog=_EPILOG)
@@ -439,7 +460,9 @@ def _digests(files: list[Path]) -> dict[str, str]:
     return {name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files for name in csvfile.read_table(f).names}
 
 
-def _train(series: list[Any], family: Family, window: int, seed: int, scaling: Scaling, epochs: int, command: str) -> Any:
+def _train(
+    series: list[Any], family: Family, window: int, seed: int, scaling: Scaling, epochs: int, command: str
+) -> Any:
     from models.deepant import DeepAnTConfig
     from models.train import EpochReport, TrainConfig
     from models.train import train as run_training

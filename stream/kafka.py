@@ -63,9 +63,7 @@ def transactional_producer(settings: KafkaSettings, partition: TopicPartition) -
 
 def points_producer(settings: KafkaSettings) -> AIOKafkaProducer:
     """Return a producer of points, not started: large batches, idempotent, so that a retry repeats nothing."""
-    return AIOKafkaProducer(
-        **client_options(settings), enable_idempotence=True, linger_ms=20, max_batch_size=256 << 10
-    )
+    return AIOKafkaProducer(**client_options(settings), enable_idempotence=True, linger_ms=20, max_batch_size=256 << 10)
 
 
 class Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]

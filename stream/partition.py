@@ -28,10 +28,11 @@ from stream.events import Event
 from stream.kafka import REJECT_BYTES_MAX, transactional_producer
 from stream.records import Reject
 from stream.settings import Settings
-from stream.store import Store
+from stream.store import Saved, Store
 
 log = logging.getLogger(__name__)
 
+NOTHING = -1  # no offset: the store has no state of the partition
 _IDLE_COMMIT_S = 1.0  # offsets without outputs are committed this often
 
 
@@ -56,7 +57,7 @@ class Partition:
         self.position = 0  # the next offset to be taken in
         self.muted_until = 0  # what came of records before this offset is already published
         self.settled = 0  # the committed offset
-        self.flushed = -1  # the offset that the store's state belongs to
+        self.flushed = NOTHING  # the offset that the store's state belongs to
         self.published = 0
         self.rejected = 0
         self._producer: AIOKafkaProducer | None = None
@@ -200,21 +201,41 @@ class Partition:
                 log.error("%s: state not written (%s); trying again", self.at, e)
 
     async def _flush(self) -> None:
-        """Write the series that changed since the last flush, and the offset that they belong to, in one step."""
-        offset, slots = self.position, np.flatnonzero(self._dirty).astype(np.int32)
+        """Write the series that changed since the last flush, and the offset that they belong to, in one step.
+
+        What the store has lost in the meantime is written whole: memory has all of it.
+        """
+        offset, whole = self.position, self.flushed == NOTHING
         if offset == self.flushed:
             return
+        changed = np.arange(len(self.detector.index.names)) if whole else np.flatnonzero(self._dirty)
+        slots = changed.astype(np.int32)
         blobs = snapshot.pack(self.detector, slots)
         self._dirty[:] = False
         try:
             async with self._settlement:  # state must not run ahead of what is published
                 await self._settlement.wait_for(lambda: self.settled >= offset)
             kafka = self.settings.kafka
-            await self.store.save(kafka.group, self.at.topic, self.at.partition, offset, blobs)
-            self.flushed = offset
+            saved = await self.store.save(
+                kafka.group,
+                self.at.topic,
+                self.at.partition,
+                offset,
+                blobs,
+                base=None if whole else self.flushed,
+                whole=whole,
+            )
         except BaseException:
             self._dirty[slots] = True
             raise
+        if saved is Saved.OUTDATED:
+            raise StoreError(f"a later state of {self.at} is stored: another worker has the partition")
+        if saved is Saved.LOST:
+            log.warning("%s: the store has lost its state; writing all of it", self.at)
+            self.flushed = NOTHING
+            await self._flush()
+        else:
+            self.flushed = offset
 
 
 def _reject_headers(reject: Reject, record: ConsumerRecord) -> list[tuple[str, bytes]]:

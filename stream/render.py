@@ -38,7 +38,9 @@ def event_line(event: Event) -> Text:
             line.append(f", worst {data.peak.value:g} ({data.peak.ratio:.3g} × threshold)")
     else:
         line.append(f"{data.value:g}, expected {data.expected:g} ({data.lower:g} … {data.upper:g})")
-        line.append(f", {data.ratio:.3g} × threshold, p {"<" if data.probability <= 1e-12 else "="} {data.probability:.2g}")
+        line.append(
+            f", {data.ratio:.3g} × threshold, p {'<' if data.probability <= 1e-12 else '='} {data.probability:.2g}"
+        )
         if data.window.completed:
             line.append(f", {data.window.completed} of {data.window.cells} points completed")
     return line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -20,6 +21,8 @@ from stream.topics import ensure_topics
 log = logging.getLogger(__name__)
 
 _POLL_MS = 200
+_SLICE_S = 0.2  # what is taken in at once should take no longer
+_SLICE_MIN = 100  # records
 
 
 class Worker:
@@ -32,6 +35,7 @@ class Worker:
         self.partitions: dict[TopicPartition, Partition] = {}
         self.assigned = asyncio.Event()  # set once the first assignment is complete
         self._stop = asyncio.Event()
+        self._slice = 1_000  # records taken in at once; follows how long they take
         self._gone = Counts()
 
     def stop(self) -> None:
@@ -79,15 +83,20 @@ class Worker:
                 await consumer.stop()
 
     async def _poll(self) -> None:
-        batches = await self._consumer.getmany(
-            timeout_ms=_POLL_MS, max_records=self.settings.kafka.max_poll_records
-        )
+        batches = await self._consumer.getmany(timeout_ms=_POLL_MS, max_records=self.settings.kafka.max_poll_records)
         # A partition that comes or goes from here on must not see these records: a new one seeks to its own offset.
         owned = {at: self.partitions[at] for at in batches if at in self.partitions}
         for at, partition in owned.items():
-            if self.partitions.get(at) is partition:
-                partition.accept(batches[at])
-                await asyncio.sleep(0)  # lets transactions and heartbeats go on between two batches
+            batch = batches[at]
+            while batch and self.partitions.get(at) is partition and not self._stop.is_set():
+                began, part = time.monotonic(), batch[: self._slice]
+                partition.accept(part)
+                # Points of one series go in one after the other: a batch of them may take a hundred times longer
+                # than one of as many series.
+                per_record_s = (time.monotonic() - began) / len(part)
+                batch = batch[len(part) :]
+                self._slice = max(int(_SLICE_S / max(per_record_s, 1e-6)), _SLICE_MIN)
+                await asyncio.sleep(0)  # lets transactions and heartbeats go on
         for at, partition in list(self.partitions.items()):
             if (problem := partition.failure()) is not None:
                 raise BrokerError(f"partition {at.partition} of {at.topic} cannot publish: {problem!r}") from problem
