@@ -222,7 +222,7 @@ class DeepAnT:
         self.served = Served(network, config)
         # The activations of one chunk should stay in the cache.
         fitting = CACHE // (4 * config.filters * (config.window - 2))
-        self._chunk = max([size for size in SIZES if size <= fitting], default=SIZES[0])
+        self.chunk = max([size for size in SIZES if size <= fitting], default=SIZES[0])
 
     @property
     def window(self) -> int:
@@ -244,9 +244,7 @@ class DeepAnT:
         state = self.network.state_dict()
         return OrderedDict((name, state[name].detach().contiguous()) for name in self.config.shapes)
 
-    def forecast(
-        self, history: Float64, usual_step: Float64 | None = None, learned: Bool | None = None
-    ) -> Forecast:
+    def forecast(self, history: Float64, usual_step: Float64 | None = None, learned: Bool | None = None) -> Forecast:
         """Forecast the point after each window.
 
         Args:
@@ -276,7 +274,7 @@ class DeepAnT:
         else:
             x, center, scale = normalise(history)
             spread = np.ones(shape) if usual_step is None else local_spread(history, usual_step, learned)
-        y = run_padded(self.served, x, chunk=self._chunk)
+        y = run_padded(self.served, x, chunk=self.chunk)
         return Forecast(expected=center + scale * y, spread=spread)
 
 

@@ -7,11 +7,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
 from stream.detector import Counts, Detector
-from stream.errors import BrokerError
+from stream.errors import BrokerError, TocsinError
 from stream.kafka import Rebalance, points_consumer
 from stream.partition import Partition
 from stream.settings import Settings
@@ -35,6 +35,7 @@ class Worker:
         self.partitions: dict[TopicPartition, Partition] = {}
         self.assigned = asyncio.Event()  # set once the first assignment is complete
         self._stop = asyncio.Event()
+        self._problem: Exception | None = None
         self._slice = 1_000  # records taken in at once; follows how long they take
         self._gone = Counts()
 
@@ -97,6 +98,10 @@ class Worker:
                 batch = batch[len(part) :]
                 self._slice = max(int(_SLICE_S / max(per_record_s, 1e-6)), _SLICE_MIN)
                 await asyncio.sleep(0)  # lets transactions and heartbeats go on
+        if self._problem is not None:
+            if isinstance(self._problem, TocsinError):
+                raise self._problem
+            raise BrokerError(f"cannot take on partitions of {self.settings.kafka.points_topic}") from self._problem
         for at, partition in list(self.partitions.items()):
             if (problem := partition.failure()) is not None:
                 raise BrokerError(f"partition {at.partition} of {at.topic} cannot publish: {problem!r}") from problem
@@ -105,10 +110,16 @@ class Worker:
                 (self._consumer.pause if full else self._consumer.resume)(at)
 
     async def _assign(self, assigned: Sequence[TopicPartition]) -> None:
-        for at in assigned:
+        async def take(at: TopicPartition) -> None:
             partition = Partition(at, self.settings, self.make_detector, self.store)
             await partition.start(self._consumer)
-            self.partitions[at] = partition
+            self.partitions[at] = partition  # at once: what is fetched behind the seek must find it
+
+        try:
+            await asyncio.gather(*(take(at) for at in assigned))
+        except Exception as e:
+            self._problem = e  # aiokafka would log it and go on without the partition
+            raise
         log.info("assigned %d partitions of %s", len(assigned), self.settings.kafka.points_topic)
         self.assigned.set()
 
