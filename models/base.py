@@ -38,9 +38,7 @@ class Forecaster(Protocol):
     def features(self) -> int:
         """F, the metrics of one point."""
 
-    def forecast(
-        self, history: Float64, usual_step: Float64 | None = None, learned: Bool | None = None
-    ) -> Forecast:
+    def forecast(self, history: Float64, usual_step: Float64 | None = None, learned: Bool | None = None) -> Forecast:
         """Forecast the point after each window; history is (B, W, F) float64 without NaN, oldest point first.
 
         usual_step is the mean absolute change from point to point over each series' life, (B, F), if it is known;

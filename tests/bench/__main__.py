@@ -5,7 +5,7 @@ bare      a bare aiokafka loop that consumes, decodes and sends one point in a h
           not detect; the same client settings, batches and pace of transactions as the service
 limit     forward + bare: what a point must cost on one core
 core      the detector without servers
-live      the worker on a real broker and store, from its restart with all windows in the store to the last settled point
+live      the worker on a real broker and store: restarted with all windows stored, from the first point to the last
 
 The ratio of `live` is limit / live: 1.0 would be nothing but the network and the loop. The broker is the Apache Kafka
 that TOCSIN_TEST_KAFKA_HOME names, else the embedded one. All figures come from one run, in turns, as medians of rounds.
@@ -123,7 +123,8 @@ class Bench:
             await producer.start()
         for at, offset in first.items():
             consumer.seek(at, offset)
-        position, pending = dict(first), {at: [] for at in first}
+        position = dict(first)
+        pending: dict[TopicPartition, list[bytes]] = {at: [] for at in first}
         settled = dict(first)
 
         async def settle(at: TopicPartition, producer: AIOKafkaProducer) -> None:
@@ -251,8 +252,7 @@ async def run(kpis: int, points: int, rounds: int, kind: str) -> None:
             times["bare"].append(await bench.bare(other, first, await ends(settings)))
     forward, core, bare, live = (statistics.median(times[name]) for name in ("forward", "core", "bare", "live"))
     limit = forward + bare
-    scale = {"points": bench.points, "kpis": kpis, "window": bench.window, "rounds": rounds}
-    say("forward", forward * 1e6, "us/point", **scale)
+    say("forward", forward * 1e6, "us/point", points=bench.points, kpis=kpis, window=bench.window, rounds=rounds)
     say("bare", bare * 1e6, "us/point", broker=kind)
     say("limit", limit * 1e6, "us/point")
     say("core", core * 1e6, "us/point", forward / core, "forward", events=events["core"], points_per_s=round(1 / core))

@@ -25,12 +25,12 @@ class Load:
         minute = np.arange(steps)[:, None]
         wave = 100 + 10 * np.sin(2 * np.pi * (minute / 60 + rng.random(kpis)))
         value = wave + rng.normal(0, 1, (steps, kpis)) + 40 * (rng.random((steps, kpis)) < 1e-4)
-        return cls(np.round(value, 3))
+        return cls(np.round(value, 3).astype(np.float64))
 
     @property
     def kpis(self) -> int:
         """How many KPIs."""
-        return self.value.shape[1]
+        return int(self.value.shape[1])
 
     def name(self, kpi: int) -> str:
         """Return the name of a KPI."""
