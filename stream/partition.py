@@ -112,8 +112,7 @@ class Partition:
         settle, flush = self._tasks
         try:
             await settle
-            flush.cancel()
-            await asyncio.gather(flush, return_exceptions=True)
+            await _end(flush)
             await self._flush()
         except (KafkaError, BrokerError, StoreError) as e:
             log.error("%s: not everything was settled (%s); the next owner repeats it", self.at, e)
@@ -236,6 +235,17 @@ class Partition:
             await self._flush()
         else:
             self.flushed = offset
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel a task until it has ended: once may not be enough.
+
+    redis-py sends within `asyncio.wait_for`, and that of Python 3.11 forgets a cancellation that comes just as the
+    sending is done: seen as a worker that never stopped.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.1)
 
 
 def _reject_headers(reject: Reject, record: ConsumerRecord) -> list[tuple[str, bytes]]:

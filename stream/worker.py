@@ -81,7 +81,8 @@ class Worker:
                 # aiokafka does not say "revoked" before stop
                 await asyncio.shield(self._revoke(list(self.partitions)))
             finally:
-                await consumer.stop()
+                await consumer.stop()  # lets an assignment that is under way come to its end
+                await asyncio.shield(self._revoke(list(self.partitions)))
 
     async def _poll(self) -> None:
         batches = await self._consumer.getmany(timeout_ms=_POLL_MS, max_records=self.settings.kafka.max_poll_records)
