@@ -121,7 +121,7 @@ def place(slot: Int32Array, cell: Int64Array, newest: Int64Array, started: BoolA
     base = np.where(started[order][first], newest[order][first], cell[first] - 1)[segment]
     ahead = cell - base  # of the newest cell before the batch
     # A running maximum per series: each series is lifted above the one before it, so that one accumulate serves all.
-    lift = segment * (ahead.max(initial=0) + 1)  # fits int64: 92,000 series of which one leaps 3,000 years of 1 ms
+    lift = segment * ahead.max(initial=0)  # fits int64: 92,000 series of which one leaps 3,000 years of 1 ms
     running = np.maximum.accumulate(np.maximum(ahead, 0) + lift) - lift
     before = np.zeros_like(running)
     before[1:] = running[:-1]

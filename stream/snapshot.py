@@ -147,6 +147,11 @@ def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
                     f"state of {name!r}: {len(body)} bytes, but a window of {detector.windows.window} needs "
                     f"{dtype.itemsize}; the model's window or the threshold's ring was changed"
                 )
+            elif detector.config.interval_ms not in (0, interval := int(np.frombuffer(body, dtype)["interval_ms"][0])):
+                raise StateError(
+                    f"state of {name!r}: its grid of {interval / 1000:g} s is not the configured one of "
+                    f"{detector.config.interval_ms / 1000:g} s"
+                )
             else:
                 names.append(name)
                 bodies.append(body)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.base import Forecaster
+from models.base import Float64, Forecast, Forecaster
 from models.deepant import DeepAnT, DeepAnTConfig, Network
 from models.pot import PotConfig
-from stream import events
-from stream.columns import Columns
+from stream import events, snapshot
+from stream.columns import BoolArray, Columns
 from stream.detector import Detector, DetectorConfig
 from tests import helpers
 from tests.helpers import MINUTE, MODEL, T0, Arrival, Persistence, columns, iso, run
@@ -47,6 +47,10 @@ def window_of(live: Detector, name: str = "a") -> tuple[list[float], list[bool]]
     slot = np.array([live.index[name]], np.int32)
     values, learned = live.windows.history(slot, live.windows.newest[slot] + 1)
     return values[0, :, 0].tolist(), learned[0].tolist()
+
+
+def packed(live: Detector) -> dict[bytes, bytes]:
+    return snapshot.pack(live, np.arange(len(live.index.names), dtype=np.int32))
 
 
 def short(kinds: list[str], data: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
@@ -218,6 +222,31 @@ def test_a_repeated_first_point_is_the_later_one() -> None:
     assert live.windows.actual[0, :, 0].max() + live.windows.origin[0, 0] == pytest.approx(78.0)
 
 
+@pytest.mark.parametrize("again", [0, 3, 7])
+@pytest.mark.parametrize("between", [0, 1])
+def test_a_first_point_that_comes_once_more_after_the_eighth_is_a_duplicate_in_any_batches(
+    again: int, between: int
+) -> None:
+    points = normal_points(40)
+    stream = [*points[: 8 + between], ("a", points[again][1], 77.0), *points[8 + between :]]
+    whole, single = detector(), detector()
+    expected = run(whole, stream)
+    assert run(single, stream, cuts=range(1, len(stream))) == expected
+    assert expected.counts.duplicates + expected.counts.late == 1
+    assert packed(single) == packed(whole)
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_what_the_first_points_cause_is_caused_by_the_one_that_completed_them(cut: int) -> None:
+    # With a window shorter than the probe and a threshold from the start, a held point can be an anomaly.
+    points = with_values(normal_points(8), {5: 500.0})
+    live = helpers.detector(config(), Persistence(window=3), calibration=np.linspace(0, 2, 200))
+    others = normal_points(100, name="b")
+    out = run(live, [*others, *points[:cut], *points[cut:]], cuts=[100 + cut])
+    caused = [row for (row, _), one in zip(out.events, out.data, strict=True) if one["subject"] == "a"]
+    assert caused[:1] == [107]
+
+
 def test_a_series_may_appear_in_the_middle_of_a_batch() -> None:
     a, b = with_values(normal_points(300), {250: 500.0}), with_values(normal_points(100, name="b"), {90: 500.0})
     out = run(detector(), [*a[:200], *itertools.chain(*zip(a[200:], b, strict=True))])
@@ -294,6 +323,26 @@ def test_missing_cells_are_completed_by_the_forecast() -> None:
     assert values[4] == values[5] == pytest.approx(normal_points(60)[54][2], abs=1e-5)  # it expects the last value
     assert learned == [True] * 4 + [False] * 2 + [True] * 3
     assert live.counts.completed == 2
+
+
+class Runaway(Persistence):
+    """Expects the last step once more, and more of it."""
+
+    def forecast(
+        self, history: Float64, usual_step: Float64 | None = None, learned: BoolArray | None = None
+    ) -> Forecast:
+        expected = history[:, -1] + 2 * (history[:, -1] - history[:, -2])
+        return Forecast(expected, super().forecast(history, usual_step, learned).spread)
+
+
+def test_what_completes_a_gap_stays_within_the_window() -> None:
+    live = detector(model=Runaway())
+    points = normal_points(30)
+    run(live, [*points[:20], points[20 + W]])
+    values, learned = window_of(live)
+    assert learned == [False] * (W - 1) + [True]
+    assert min(value for _, _, value in points[:20]) <= min(values)
+    assert max(values) <= max(value for _, _, value in points)
 
 
 def test_a_late_point_fills_its_cell() -> None:

@@ -1,5 +1,6 @@
 import json
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ def entity(**fields: Any) -> bytes:
 def points(columns: Columns, index: SeriesIndex) -> list[tuple[str, int, float | None, int]]:
     """(series, ms, value, row) of each point; a missing value is None, for NaN equals nothing."""
     return [
-        (index.names[slot], time, None if math.isnan(value) else value, row)
-        for slot, time, value, row in zip(
+        (index.names[slot], stamp, None if math.isnan(value) else value, row)
+        for slot, stamp, value, row in zip(
             columns.slot.tolist(),
             columns.timestamp_ms.tolist(),
             columns.value.tolist(),
@@ -176,6 +177,16 @@ def test_a_good_record_reads_the_same_in_any_company(name: str, neighbour: bytes
     assert read(raw) == (expected, [])
     good, _ = read(raw, neighbour)
     assert [point for point in good if point[3] == 0] == expected
+
+
+def test_a_time_without_a_zone_is_utc_wherever_the_service_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        assert read(record(timestamp="2016-07-24T16:00:00")) == ([("a", MS, 1.5, 0)], [])
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_no_records_give_no_points() -> None:

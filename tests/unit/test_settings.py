@@ -4,7 +4,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from stream.errors import ConfigError
-from stream.settings import PREFIX, Settings, known_names, load_settings
+from stream.settings import PREFIX, Settings, _explain, known_names, load_settings
 
 SECRET = "hunter2-and-more"
 
@@ -131,6 +131,12 @@ def test_a_secret_shows_nowhere(variable: str) -> None:
         assert e.value.__cause__ is None
         assert e.value.__context__ is None or e.value.__suppress_context__, "a traceback would show pydantic's message"
     assert SECRET not in str(list(known_names()))
+
+
+def test_a_secret_of_a_wrong_type_shows_nowhere() -> None:
+    with pytest.raises(ValidationError) as e:
+        Settings.model_validate({"redis": {"url": [SECRET]}})
+    assert _explain(e.value) == "TOCSIN_REDIS__URL: Input should be a valid string"
 
 
 def test_every_setting_says_what_it_is() -> None:

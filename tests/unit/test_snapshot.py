@@ -54,6 +54,8 @@ def test_all_comes_back() -> None:
     for mine, theirs in ((fresh.windows, LIVE.windows), (fresh.incidents, LIVE.incidents)):
         for name in mine.ARRAYS:
             np.testing.assert_array_equal(getattr(mine, name)[here], getattr(theirs, name)[0], err_msg=name)
+    for name in ("interval_ms", "phase_ms", "first_score_ms"):
+        assert getattr(fresh, name)[here] == getattr(LIVE, name)[0] > 0
     assert fresh.threshold.pack(np.array([here])) == LIVE.threshold.pack(np.array([0]))
 
 
@@ -203,6 +205,17 @@ def test_another_model_keeps_the_window_and_begins_the_threshold_anew() -> None:
     assert np.isnan(threshold).all()
 
 
+def test_another_model_warms_up_from_its_own_first_score() -> None:
+    policy = config(warmup_ms=100 * MINUTE)
+    live = fed(normal_points(200), policy)
+    fresh = Detector(policy, live.model, "persistence@2")
+    snapshot.unpack(fresh, packed(live))
+    more = normal_points(150, start=T0 + 200 * MINUTE, seed=1)
+    result = fresh.accept(columns(fresh, more), want_scores=True)
+    judged = [int(part.timestamp_ms[0]) for part in result.scores if not np.isnan(part.threshold[0])]
+    assert judged[0] == T0 + (200 + 101) * MINUTE
+
+
 def test_another_model_with_a_calibration_judges_at_once() -> None:
     calibration = np.random.default_rng(0).exponential(size=100)
     fresh = Detector(LIVE.config, LIVE.model, "persistence@2", calibration=calibration)
@@ -249,6 +262,18 @@ def test_a_grid_that_was_set_meanwhile_ends_the_probe() -> None:
     assert len(fresh.held) == 0
     fresh.accept(columns(fresh, points[5:]))
     assert len(packed(fresh)[b"b"]) == 20 + snapshot.row_dtype(fresh).itemsize
+
+
+@pytest.mark.parametrize(("interval_ms", "refused"), [(0, False), (MINUTE, False), (59_000, True), (2 * MINUTE, True)])
+def test_a_series_on_another_grid_than_the_configured_one_starts_anew(interval_ms: int, refused: bool) -> None:
+    fresh = Detector(config(interval_ms=interval_ms), LIVE.model, LIVE.model_ref)
+    outcome = snapshot.unpack(fresh, {b"a": BLOBS[b"a"]})
+    assert outcome.series == (not refused)
+    if refused:
+        problem = f"state of 'a': its grid of 60 s is not the configured one of {interval_ms // 1000} s"
+        assert [str(one) for one in outcome.refused] == [problem]
+        fresh.accept(columns(fresh, normal_points(3)))
+        assert fresh.interval_ms[0] == interval_ms
 
 
 def test_ten_thousand_series() -> None:
