@@ -200,22 +200,24 @@ class Spot:
     def calibrate(self, row: int | IntArray, scores: npt.ArrayLike) -> None:
         """Give rows a threshold made of calibration scores; they judge from their next score on.
 
+        Fewer than `min_scores` are a beginning: the rows go on calibrating from there.
+
         Up to n_full scores this equals stepping through them. Of more, t is the exact quantile of all, and their
         excesses are thinned to max_excess of even rank with the counts to match: a prior as strong as one full ring,
         which the row's own excesses replace.
 
         Args:
             row: one row or several; each gets the same state.
-            scores: of normal points, in order of arrival, (N,), N >= min_scores.
+            scores: of normal points, in order of arrival, (N,), N >= 1.
 
         Raises:
-            ValueError: too few scores, not one dimension, or one is not finite as float32.
+            ValueError: no scores, not one dimension, or one is not finite as float32.
         """
         config, size = self.config, self.config.max_excess
         with np.errstate(over="ignore"):
             x = np.asarray(scores).astype(np.float32)
-        if x.ndim != 1 or len(x) < config.min_scores:
-            raise ValueError(f"calibration scores of shape {x.shape}: need one axis of at least {config.min_scores}")
+        if x.ndim != 1 or not len(x):
+            raise ValueError(f"calibration scores of shape {x.shape}: need one axis of at least one score")
         if not np.isfinite(x).all():
             raise ValueError(f"{np.count_nonzero(~np.isfinite(x))} of {len(x)} calibration scores are not finite")
         rows = np.atleast_1d(np.asarray(row))
@@ -248,8 +250,10 @@ class Spot:
             one._state["mark"][only] = np.where(held == size, one._state["n"][only], 0)
             one._set_bar(only)
             one._fit(only, _COLD_ITERATIONS)
-        else:
+        elif n >= config.min_scores:
             one._set_peak_threshold(only)
+        else:
+            one._set_bar(only)
         for name in self._fields:
             self._state[name][rows] = one._state[name][0]
         self._bar[rows] = one._bar[0]

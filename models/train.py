@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.base import Float64, score
+from models.base import Bool, Float64, score
 from models.checkpoint import Bundle, Source, Training
 from models.deepant import DeepAnT, DeepAnTConfig, Network, normalise, standardise
 from models.errors import ConfigError
@@ -38,7 +38,7 @@ class TrainConfig:
     patience: int = 5  # epochs without a better held-out error until training stops
     clip_norm: float = 1.0  # of the gradient, over all weights
     held_out: float = 0.2  # last part of each series' time
-    longest_gap: int | None = None  # points that straight lines may fill; a quarter of the window when None
+    longest_gap: int | None = None  # points that the last value may stand in for; the window when None
     windows_per_epoch: int | None = 200_000  # drawn anew each epoch when there are more; all when None
     seed: int = 0
     command: str = ""  # for the record
@@ -61,7 +61,7 @@ class TrainConfig:
     @property
     def gap(self) -> int:
         """Longest gap that is filled, in points."""
-        return self.model.window // 4 if self.longest_gap is None else self.longest_gap
+        return self.model.window if self.longest_gap is None else self.longest_gap
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,7 @@ class _Corpus:
     """All series end to end, with the windows to use: a window is `points[target - W : target]`."""
 
     points: Float64  # (T, F), gaps filled
+    observed: Bool  # (T,)
     train: Int64  # (n,), positions of the targets
     held_out: Int64  # (m,), ascending
     starts: Int64  # (S,), where each series begins
@@ -92,8 +93,8 @@ def train(
     """Train a DeepAnT and score its held-out windows.
 
     With scaling "train" all series must be of the one KPI that the model is for: they share the scaling constants.
-    A window is used when its target was observed and is not labelled anomalous, and its history is complete (gaps
-    of a quarter of the window are filled by straight lines) and holds no labelled anomaly. The last fifth of each
+    A window is used when its target was observed and is not labelled anomalous, and its history holds no
+    labelled anomaly and no gap longer than itself (in shorter ones the last value is repeated). The last fifth of each
     series' time is held out. The loss is the mean absolute error of standardised values within ±INPUT_LIMIT of
     `models.deepant`, which a spike that nobody labelled hardly moves.
 
@@ -154,7 +155,7 @@ def _prepare(series: Sequence[TrainSeries], config: TrainConfig) -> tuple[_Corpu
         raise ConfigError(
             f"intervals_ms={intervals} differ; with scaling 'train' all series are of one KPI and interval"
         )
-    points, train_at, held_out_at, usable, starts, steps, start = [], [], [], [], [], [], 0
+    points, observed, train_at, held_out_at, usable, starts, steps, start = [], [], [], [], [], [], [], 0
     for one in series:
         filled = complete(one.values, config.gap)
         split = len(filled) - math.ceil(config.held_out * len(filled))
@@ -166,9 +167,11 @@ def _prepare(series: Sequence[TrainSeries], config: TrainConfig) -> tuple[_Corpu
         steps.append(usual_step(normal))
         starts.append(start)
         points.append(filled)
+        observed.append(~np.isnan(one.values).any(axis=1))
         start += len(filled)
     corpus = _Corpus(
         np.concatenate(points),
+        np.concatenate(observed),
         np.concatenate(train_at),
         np.concatenate(held_out_at),
         np.array(starts),
@@ -296,7 +299,9 @@ def _calibrate(model: DeepAnT, corpus: _Corpus) -> NDArray[np.float32]:
     scores = []
     for some in _batches(targets, 4096):
         steps = corpus.usual_step[np.searchsorted(corpus.starts, some, side="right") - 1]
-        scores.append(score(corpus.points[some], model.forecast(_histories(corpus, some, model.window), steps)))
+        learned = corpus.observed[some[:, None] + np.arange(-model.window, 0)]
+        forecast = model.forecast(_histories(corpus, some, model.window), steps, learned)
+        scores.append(score(corpus.points[some], forecast))
     largest = np.finfo(np.float32).max
     return np.minimum(np.concatenate(scores), largest).astype(np.float32)
 

@@ -10,6 +10,8 @@ from models.errors import ConfigError
 
 Int64 = NDArray[np.int64]
 
+LEAST_OBSERVED = 0.2  # share of a window that was observed: below it there is nothing to forecast from
+
 
 @dataclass(frozen=True, slots=True)
 class TrainSeries:
@@ -40,26 +42,26 @@ class TrainSeries:
 
 
 def complete(values: Float64, longest: int) -> Float64:
-    """Fill gaps of at most `longest` points by straight lines between their neighbours.
+    """Repeat the last value seen for at most `longest` points of a gap.
+
+    A line to the next value would be smoother, and would show a window the target that it is to forecast.
 
     Args:
         values: (N, F) float64, NaN where missing; each feature has its own gaps.
-        longest: in points; longer gaps, and those at either end, stay NaN.
+        longest: in points; what is missing further from the last value, and at the beginning, stays NaN.
 
     Returns:
         A filled copy, (N, F) float64.
     """
     filled = values.copy()
-    n = len(values)
-    position = np.arange(n)
+    position = np.arange(len(values))
     for column in filled.T:  # a view: writes go to `filled`
         missing = np.isnan(column)
         if not missing.any() or missing.all():
             continue
         before = np.maximum.accumulate(np.where(missing, -1, position))  # last observed point, -1 when none
-        after = np.minimum.accumulate(np.where(missing, n, position)[::-1])[::-1]  # next observed point, n when none
-        fill = missing & (before >= 0) & (after < n) & (after - before - 1 <= longest)
-        column[fill] = np.interp(position[fill], position[~missing], column[~missing])
+        fill = missing & (before >= 0) & (position - before <= longest)
+        column[fill] = column[before[fill]]
     return filled
 
 
@@ -67,16 +69,20 @@ def usable_targets(series: TrainSeries, filled: Float64, window: int) -> Int64:
     """Positions of the points that a forecast may be trained on or judged by, ascending.
 
     The target itself was observed (all features) and is not labelled anomalous; the `window` points before it are
-    complete in `filled` and hold no labelled anomaly.
+    complete in `filled`, hold no labelled anomaly, and a fifth of them were observed.
     """
     n = len(series.values)
     if n <= window:
         return np.empty(0, dtype=np.int64)
-    bad = np.isnan(filled).any(axis=1) | series.anomalous
-    counts = np.concatenate([[0], np.cumsum(bad)])
-    clean_history = counts[window:n] == counts[: n - window]  # of target window, window + 1, ..., n - 1
-    target = ~np.isnan(series.values).any(axis=1) & ~series.anomalous
-    return np.flatnonzero(clean_history & target[window:]) + window
+    observed = ~np.isnan(series.values).any(axis=1)
+
+    def in_history(points: Bool) -> Int64:  # how many of them, before target window, window + 1, ..., n - 1
+        counts = np.concatenate([[0], np.cumsum(points)])
+        return counts[window:n] - counts[: n - window]
+
+    clean = in_history(np.isnan(filled).any(axis=1) | series.anomalous) == 0
+    enough = in_history(observed) >= LEAST_OBSERVED * window
+    return np.flatnonzero(clean & enough & (observed & ~series.anomalous)[window:]) + window
 
 
 def usual_step(values: Float64) -> Float64:

@@ -224,7 +224,7 @@ class Detector:
         self.interval_ms[fresh] = self.config.interval_ms
         self.phase_ms[fresh] = _NO_PHASE
         self.first_score_ms[fresh] = NEVER
-        if self.calibration is not None:
+        if self.calibration is not None and len(self.calibration):
             self.threshold.calibrate(fresh, self.calibration)
         self.capacity = new
 

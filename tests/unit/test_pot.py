@@ -183,7 +183,7 @@ def test_growing_counts_every_excess_and_keeps_the_highest_scores() -> None:
     assert spot.pack(row)["phase"][0] == 2
 
 
-@pytest.mark.parametrize("n", [250, 333, 1000, 6349])
+@pytest.mark.parametrize("n", [1, 107, 127, 129, 249, 250, 333, 1000, 6349])
 def test_calibrate_equals_stepping(n: int) -> None:
     scores = np.random.default_rng(n).exponential(size=n)
     spot = Spot(PotConfig(), 2)
@@ -206,7 +206,7 @@ def test_a_long_calibration_gives_every_row_the_tail_of_all() -> None:
     assert packed["n_excess"][1] / packed["n"][1] == pytest.approx(0.02, rel=0.01)
 
 
-@pytest.mark.parametrize("bad", [np.zeros(249), np.zeros((300, 2)), np.r_[np.zeros(300), np.nan], np.full(300, 1e39)])
+@pytest.mark.parametrize("bad", [np.zeros(0), np.zeros((300, 2)), np.r_[np.zeros(300), np.nan], np.full(300, 1e39)])
 def test_calibration_scores_that_cannot_serve_are_refused(bad: Float64Array) -> None:
     with pytest.raises(ValueError, match="calibration scores"):
         Spot(PotConfig(), 1).calibrate(0, bad)

@@ -121,7 +121,8 @@ def test_calibration_is_the_served_score_of_the_held_out_points() -> None:
     # held out from 800; 900..902 labelled, 903..912 have them in their history; 950 was not observed
     targets = [t for t in range(800, 1000) if not (900 <= t <= 912 or t == 950)]
     history = np.stack([filled[t - 10 : t] for t in targets])
-    expected = score(values[targets], bundle.model.forecast(history))
+    learned = np.stack([~np.isnan(values[t - 10 : t, 0]) for t in targets])
+    expected = score(values[targets], bundle.model.forecast(history, None, learned))
     np.testing.assert_array_equal(bundle.calibration, expected.astype(np.float32))
     assert bundle.training.held_out_windows == len(targets)
 
@@ -233,11 +234,11 @@ def test_other_columns_are_refused(
 # --- windows ---------------------------------------------------------------------------------------------------------
 
 
-def test_short_gaps_are_filled_by_lines_and_long_ones_and_ends_are_not() -> None:
+def test_a_gap_repeats_the_last_value_for_a_while() -> None:
     values = np.array([[NAN, 1, NAN, NAN, 4, NAN, NAN, NAN, 8, NAN], [0, NAN, 2, 3, 4, 5, 6, 7, 8, 9]]).T
     filled = complete(values, 2)
-    np.testing.assert_array_equal(filled[:, 0], [NAN, 1, 2, 3, 4, NAN, NAN, NAN, 8, NAN])
-    np.testing.assert_array_equal(filled[:, 1], np.arange(10))
+    np.testing.assert_array_equal(filled[:, 0], [NAN, 1, 1, 1, 4, 4, 4, NAN, 8, 8])
+    np.testing.assert_array_equal(filled[:, 1], [0, 0, 2, 3, 4, 5, 6, 7, 8, 9])
     assert np.isnan(values[2, 0])  # the caller's array is his own
     assert np.isnan(complete(np.full((4, 1), NAN), 9)).all()
 
@@ -259,6 +260,7 @@ def test_usable_targets_against_a_plain_loop() -> None:
         t
         for t in range(window, 400)
         if not np.isnan(filled[t - window : t]).any()
+        and (~np.isnan(values[t - window : t]).any(axis=1)).mean() >= 0.2
         and not one.anomalous[t - window : t + 1].any()
         and not np.isnan(values[t]).any()
     ]
