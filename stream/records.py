@@ -179,22 +179,18 @@ def _named_values(point: Point) -> list[tuple[str, float | None]]:
 
 
 def _timestamp_ms(timestamp: int | float | str) -> int:
-    shown = str(timestamp)[:40]
     if isinstance(timestamp, str):
         try:
             moment = datetime.fromisoformat(timestamp.strip())
         except ValueError:
-            raise _Refusal("bad_timestamp", f"the timestamp {shown!r} is not ISO 8601") from None
+            raise _Refusal("bad_timestamp", f"the timestamp {timestamp[:40]!r} is not ISO 8601") from None
         ms = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000
     else:
         ms = timestamp * 1000 if timestamp < SECONDS_BELOW else timestamp
-    if ms != ms:  # math.isnan fails on an int that no float can hold
-        raise _Refusal("bad_timestamp", "the timestamp is NaN")
-    if ms < 0:
-        raise _Refusal("bad_timestamp", f"the timestamp {shown} lies before 1970")
-    if ms > TIMESTAMP_MAX_MS:
-        raise _Refusal("bad_timestamp", f"the timestamp {shown} lies beyond the year 2200 (seconds or ms expected)")
-    return round(ms)
+    if 0 <= ms <= TIMESTAMP_MAX_MS:  # False for NaN too
+        return round(ms)
+    where = "before 1970" if ms < 0 else "beyond the year 2200 (seconds or ms expected)"
+    raise _Refusal("bad_timestamp", f"the timestamp {str(timestamp)[:40]} lies {where if ms == ms else 'nowhere'}")
 
 
 def _refuse_future(columns: Columns, arrival_ms: Int64Array, future_limit_ms: int, rejects: list[Reject]) -> Columns:
