@@ -16,7 +16,7 @@ from models.windows import TrainSeries
 from stream import grid
 from stream.columns import Columns, Int64Array
 from stream.csvfile import Points
-from stream.detector import Detector, Result, Scores
+from stream.detector import Counts, Detector, Result, Scores
 from stream.errors import InputError
 from stream.sample import Sample
 
@@ -42,6 +42,36 @@ def run(
         part = slice(begin, begin + BATCH_POINTS)
         columns = Columns.of(slots[points.kpi[part]], points.timestamp_ms[part], points.value[part])
         yield min(begin + BATCH_POINTS, len(points.value)), detector.accept(columns, want_scores=want_scores)
+
+
+def prime(detector: Detector, points: Points, first: int) -> None:
+    """Feed the points just before `first`, muted, so that scoring begins with that very point.
+
+    A calibrated detector needs a full window. One that calibrates itself needs its warm-up as well; these are the last
+    points of a head that a model was trained on, which training holds out. What they cause is nobody's: the counts
+    begin anew.
+
+    Args:
+        detector: a new one.
+        points: all of them.
+        first: index of the first point that counts.
+    """
+    config, cells = detector.config, 2 * detector.model.window  # twice: missing points, late ones
+    taken = np.zeros(len(points.value), np.bool_)
+    for k in range(len(points.names)):
+        own = np.flatnonzero((points.kpi[:first] == k) & ~np.isnan(points.value[:first]))
+        begin = len(own) - cells
+        if detector.calibration is None and len(own):
+            time = points.timestamp_ms[own]
+            begin = min(begin, int(np.searchsorted(time, time[-1] - config.warmup_ms)) - cells)
+            begin = min(begin, len(own) - cells - config.pot.min_scores)
+        taken[own[max(begin, 0) :]] = True
+    if not taken.any():
+        return
+    head = Points(points.names, points.timestamp_ms[taken], points.kpi[taken], points.value[taken], points.label[taken])
+    for _ in run(detector, head):
+        pass
+    detector.counts = Counts()
 
 
 def training_series(points: Points, interval_ms: int = 0, digests: dict[str, str] | None = None) -> list[TrainSeries]:

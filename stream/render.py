@@ -1,30 +1,41 @@
-"""What people read: one line an event, a table at the end, and progress bars. Data goes to stdout, all else to stderr."""
+"""What people read: a line for each event, a table at the end, progress bars. Data to stdout, all else to stderr."""
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from stream import events
+from stream.errors import TocsinError
 from stream.events import Event
-from stream.report import Summary
+from stream.report import Segment, Summary
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
 
 _COLOUR = {"warning": "yellow", "major": "dark_orange", "critical": "bold red"}
 _SEGMENTS_SHOWN = 40
+_MISSED = "missed"
 
 
 def event_line(event: Event) -> Text:
     """Return an event as one readable line."""
     data, what = event.data, event.type.rsplit(".", 1)[-1]
+    width = data.upper - data.lower
     line = Text()
     line.append(event.time.replace("T", " ").replace("Z", "  "))
     line.append(f"{what:9}", "green" if what == "resolved" else "")
@@ -32,72 +43,145 @@ def event_line(event: Event) -> Text:
     line.append(f"{data.kpi}  ")
     if what == "resolved":
         why = "back to normal" if data.reason == "recovered" else "accepted as the new normal"
-        points = "1 point" if data.anomalies == 1 else f"{data.anomalies} points"
-        line.append(f"{why} after {_duration(data.duration_s)}, {points} anomalous")
+        line.append(f"{why} after {_duration(data.duration_s)}, {counted(data.anomalies, 'anomalous point')}")
         if data.peak is not None:
-            line.append(f", worst {data.peak.value:g} ({data.peak.ratio:.3g} × threshold)")
+            line.append(f", worst {number(data.peak.value, width)} ({_ratio(data.peak.ratio)} × threshold)")
     else:
-        line.append(f"{data.value:g}, expected {data.expected:g} ({data.lower:g} … {data.upper:g})")
+        lower, expected, upper = (number(x, width) for x in (data.lower, data.expected, data.upper))
+        line.append(f"{number(data.value, width)}, expected {expected} ({lower} … {upper})")
         line.append(
-            f", {data.ratio:.3g} × threshold, p {'<' if data.probability <= 1e-12 else '='} {data.probability:.2g}"
+            f", {_ratio(data.ratio)} × threshold, p {'<' if data.probability <= 1e-12 else '='} {data.probability:.2g}"
         )
         if data.window.completed:
             line.append(f", {data.window.completed} of {data.window.cells} points completed")
     return line
 
 
+class OutputClosed(TocsinError):
+    """Whoever read our output has gone (`tocsin … | head`): nothing is wrong, and nobody is left to tell."""
+
+    exit_code = 0
+
+
 def print_event(event: Event, *, as_json: bool, console: Console | None = None) -> None:
     """Put an event on stdout; `console` is where a live progress bar stands, so that the line goes above it."""
     if as_json:
-        sys.stdout.write(events.encode(event).decode() + "\n")
-        sys.stdout.flush()
+        write_line(events.encode(event).decode())
+    elif console is not None:
+        console.print(event_line(event), soft_wrap=True)
     else:
-        (console or out).print(event_line(event))
+        _print(event_line(event))
+
+
+def write_line(text: str) -> None:
+    """Put a line on stdout, at once.
+
+    Raises:
+        OutputClosed: nobody reads it.
+    """
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise OutputClosed from None
+
+
+def _print(text: Text) -> None:
+    try:
+        out.print(text)
+    except BrokenPipeError:
+        raise OutputClosed from None
+
+
+def counted(n: int, what: str) -> str:
+    """Return a number of things in words: 1 point, 7,954 points."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+def number(x: float, width: float) -> str:
+    """Return a value with three digits of the width of its band; more mean nothing to people."""
+    if not 1e-4 <= max(abs(x), width) < 1e12 or not 0 < width < math.inf:
+        return f"{x:.4g}"
+    return f"{x:,.{min(max(2 - math.floor(math.log10(width)), 0), 9)}f}"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.3g}"
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 3600:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} d"
 
 
-def summary_table(summary: Summary) -> Iterator[Table]:
-    """Yield the tables that end a run."""
-    figures = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    figures.add_row("points", f"{summary.points:,} of {summary.kpis} KPIs, {summary.scored:,} scored")
-    figures.add_row("missing points completed", f"{summary.missing_completed:,}")
-    if summary.rejected:
-        figures.add_row("records rejected", f"{summary.rejected:,}")
-    figures.add_row("events", f"{summary.events:,} of {summary.incidents:,} incidents")
-    if summary.false_alarms is not None:
-        figures.add_row("labelled segments caught", f"{summary.caught} of {len(summary.segments)}")
-        figures.add_row("false alarms", f"{summary.false_alarms}")
-    figures.add_row("points per second", f"{summary.points_per_s:,.0f}  ({summary.elapsed_s:.1f} s)")
+def summary_lines(summary: Summary) -> list[Text]:
+    """Return the tables that end a run, line by line, none wider than its cells."""
+    lines: list[Text] = []
     if summary.segments:
-        table = Table(title="labelled segments", title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for header in ("KPI", "from", "to", "points", "caught"):
-            table.add_column(header, justify="right" if header == "points" else "left")
+        several = summary.kpis > 1
+        rows = [["labelled segment", "", "points", "", *["KPI"] * several]]
         for segment in summary.segments[:_SEGMENTS_SHOWN]:
-            caught = "[red]missed[/red]"
-            if segment.incident is not None:
-                caught = "at its first point" if not segment.delay_points else f"after {segment.delay_points} points"
-            times = (text.replace("T", " ").replace("Z", "") for text in (segment.start, segment.end))
-            table.add_row(segment.kpi, *times, str(segment.points), caught)
-        yield table
+            rows.append([*_span(summary.segments, segment), f"{segment.points:,}", _caught(segment)])
+            rows[-1] += [segment.kpi] * several
+        lines += _table(rows, right=(2,))
         if len(summary.segments) > _SEGMENTS_SHOWN:
-            yield Table(title=f"… and {len(summary.segments) - _SEGMENTS_SHOWN} more", box=None)
-    yield figures
+            lines.append(Text(f"… and {len(summary.segments) - _SEGMENTS_SHOWN:,} more"))
+        lines.append(Text())
+    figures = [
+        ["points", f"{summary.points:,} of {counted(summary.kpis, 'KPI')}, {summary.scored:,} scored"],
+        ["missing points completed", f"{summary.missing_completed:,}"],
+        ["events", f"{summary.events:,} of {counted(summary.incidents, 'incident')}"],
+    ]
+    if summary.rejected:
+        figures.insert(1, ["points rejected", f"{summary.rejected:,}"])
+    if summary.false_alarms is not None:
+        figures.append(["labelled segments caught", f"{summary.caught} of {len(summary.segments)}"])
+        figures.append(["false alarms", f"{summary.false_alarms:,}"])
+    figures.append(["points per second", f"{summary.points_per_s:,.0f} ({summary.elapsed_s:.1f} s)"])
+    return lines + _table(figures)
+
+
+def _caught(segment: Segment) -> str:
+    if segment.incident is None:
+        return _MISSED
+    return f"after {counted(segment.delay_points, 'point')}" if segment.delay_points else "at its first point"
+
+
+def _span(segments: Sequence[Segment], segment: Segment) -> tuple[str, str]:
+    """Return begin and end of a segment as short as they are clear: no year where all are of one, no day twice."""
+    times = [time for one in segments for time in (one.start, one.end)]
+    cut_year = len({time[:4] for time in times}) == 1
+    length = 16 if all(time[17:] == "00Z" for time in times) else 19  # to the minute, or to the second
+    start, end = (time[:length].replace("T", " ") for time in (segment.start, segment.end))
+    skipped = 11 if start[:10] == end[:10] else 5 * cut_year
+    return start[5 * cut_year :], f"– {end[skipped:]}" if end != start else ""
+
+
+def _table(rows: list[list[str]], *, right: tuple[int, ...] = ()) -> list[Text]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        line = Text("  ".join(cells).rstrip())
+        line.highlight_words([_MISSED], "red")
+        lines.append(line)
+    return lines
 
 
 def print_summary(summary: Summary) -> None:
     """Put the tables on stdout."""
-    for table in summary_table(summary):
-        out.print()
-        out.print(table)
+    for line in [Text(), *summary_lines(summary)]:
+        _print(line)
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[tuple[Progress, int]]:
+def progress(description: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
     """Show a bar on stderr where that is a terminal, and nothing where it is not."""
     bar = Progress(
         TextColumn("{task.description}"),

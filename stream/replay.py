@@ -15,14 +15,16 @@ import numpy as np
 from aiokafka.errors import KafkaError
 
 from stream.csvfile import Points
-from stream.errors import BrokerError
+from stream.errors import BrokerError, ConfigError
 from stream.events import iso_time
 from stream.kafka import points_producer
 from stream.records import SECONDS_BELOW
 from stream.settings import KafkaSettings
+from stream.topics import ensure_topics
 
 _CHUNK = 5_000  # points between two acknowledgements at full speed
 _TICK_S = 0.05  # a paced replay sends what is due this often
+_LAST_CHUNK_S = 10.0  # how long a stopped replay waits for the broker to acknowledge what it was given
 
 
 class _Wire(msgspec.Struct):
@@ -46,6 +48,9 @@ async def replay(
 ) -> None:
     """Send points to the points topic, in their order, keyed by KPI; returns when the broker has all of them.
 
+    The topic is created if it does not exist. Cancelled, it still waits for the broker to acknowledge what it was
+    given, so that `on_sent` knows for certain where to go on.
+
     Kafka's own timestamps are those of the sending: the event time is in the payload alone, or the topic's
     retention would delete an old stream at once.
 
@@ -62,10 +67,31 @@ async def replay(
         BrokerError: the broker cannot be reached or refuses.
     """
     topic = topic or settings.points_topic
+    await ensure_topics(
+        settings.bootstrap_servers,
+        {topic: settings.partitions},
+        replication_factor=settings.replication,
+        deadline_s=settings.connect_timeout_s,
+    )
     producer = points_producer(settings)
     keys = [name.encode() for name in points.names]
     # A late point comes when its file had it: just after the newest one before it.
     arrival_s = np.maximum.accumulate(points.timestamp_ms) / 1000
+
+    async def send(begin: int, end: int) -> None:
+        delivered = []
+        for kpi, timestamp_ms, value in zip(
+            points.kpi[begin:end].tolist(),
+            (points.timestamp_ms[begin:end] + shift_ms).tolist(),
+            points.value[begin:end].tolist(),
+            strict=True,
+        ):
+            # A small number would be read as seconds.
+            stamp = timestamp_ms if timestamp_ms >= SECONDS_BELOW else iso_time(timestamp_ms)
+            record = _Wire(points.names[kpi], stamp, value)  # a NaN is written as null
+            delivered.append(await producer.send(topic, _encode(record), key=keys[kpi]))
+        await asyncio.gather(*delivered)  # flush() alone would not tell of a record that the broker refused
+
     try:
         await producer.start()
         started, begin = time.monotonic(), first
@@ -74,21 +100,19 @@ async def replay(
                 end = min(begin + _CHUNK, len(points.value))
             else:
                 due = arrival_s[first] + (time.monotonic() - started) * speed
-                end = int(np.searchsorted(arrival_s, due, side="right"))
+                end = min(int(np.searchsorted(arrival_s, due, side="right")), begin + _CHUNK)
                 if end <= begin:
                     await asyncio.sleep(min(max((arrival_s[begin] - due) / speed, 0.001), _TICK_S))
                     continue
-            for kpi, timestamp_ms, value in zip(
-                points.kpi[begin:end].tolist(),
-                (points.timestamp_ms[begin:end] + shift_ms).tolist(),
-                points.value[begin:end].tolist(),
-                strict=True,
-            ):
-                # A small number would be read as seconds.
-                stamp = timestamp_ms if timestamp_ms >= SECONDS_BELOW else iso_time(timestamp_ms)
-                record = _Wire(points.names[kpi], stamp, value)  # a NaN is written as null
-                await producer.send(topic, _encode(record), key=keys[kpi])
-            await producer.flush()
+            sending = asyncio.ensure_future(send(begin, end))
+            try:
+                await asyncio.shield(sending)
+            except asyncio.CancelledError:
+                await asyncio.wait({sending}, timeout=_LAST_CHUNK_S)
+                if sending.done() and sending.exception() is None and on_sent is not None:
+                    on_sent(end)
+                sending.cancel()
+                raise
             begin = end
             if on_sent is not None:
                 on_sent(begin)
@@ -115,20 +139,24 @@ class Position:
             digest.update(f"\0{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
         return cls(directory / f"replay-{digest.hexdigest()[:16]}.json")
 
-    def read(self) -> int:
-        """Return how many points were sent, 0 where nothing is known."""
+    def read(self) -> tuple[int, int]:
+        """Return how many points were sent and by how many ms they were shifted; (0, 0) where nothing is known."""
         try:
-            return int(json.loads(self.path.read_text())["sent"])
+            fields = json.loads(self.path.read_text())
+            return int(fields["sent"]), int(fields["shift_ms"])
         except (OSError, ValueError, KeyError, TypeError):
-            return 0
+            return 0, 0
 
-    def write(self, sent: int) -> None:
-        """Note that so many points were sent."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps({"sent": sent}))
-        draft.replace(self.path)
+    def write(self, sent: int, shift_ms: int = 0) -> None:
+        """Note that so many points were sent, shifted by so much: a resumed replay must keep to the same grid.
 
-    def forget(self) -> None:
-        """The replay is complete: the next one begins at the beginning."""
-        self.path.unlink(missing_ok=True)
+        Raises:
+            ConfigError: the directory cannot be written to.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            draft = self.path.with_suffix(".tmp")
+            draft.write_text(json.dumps({"sent": sent, "shift_ms": shift_ms}))
+            draft.replace(self.path)
+        except OSError as e:
+            raise ConfigError(f"{self.path}: cannot be written ({e.strerror}); set XDG_STATE_HOME") from None

@@ -12,7 +12,7 @@ import numpy as np
 
 from stream.csvfile import Points
 from stream.detector import Counts
-from stream.events import TYPE_OPENED, TYPE_RESOLVED, Event, iso_time
+from stream.events import TYPE_RESOLVED, Event, iso_time
 
 
 class Segment(msgspec.Struct, frozen=True):
@@ -57,7 +57,8 @@ def summarise(
 ) -> Summary:
     """Hold a run's events against the labels of its points.
 
-    A segment is caught when an incident was open at one of its points. An incident is a false alarm when it was open
+    A segment is caught when an incident was open at one of its points: from its opening to its last anomalous point,
+    for the normal ones after it only prove its end. An incident is a false alarm when it was open
     at no labelled point; it is none, and none is counted, where the points have no labels at all.
 
     Args:
@@ -69,7 +70,9 @@ def summarise(
         first: index of the first point that counts (those before it were trained on).
     """
     events = list(events)
-    incidents = _incidents(events)
+    begin_ms = int(points.timestamp_ms[first]) if first < len(points.value) else 0
+    # One that had ended before the first point that counts belongs to what came before it.
+    incidents = [incident for incident in _incidents(events) if not first or incident.ended_ms >= begin_ms]
     labelled = bool((points.label[first:] >= 0).any())
     segments: list[Segment] = []
     true_alarms: set[str] = set()
@@ -115,9 +118,8 @@ def _incidents(events: Iterable[Event]) -> list[_Incident]:
     opened: dict[str, tuple[str, int]] = {}
     ended: dict[str, int] = {}
     for event in events:
-        if event.type == TYPE_OPENED:
-            opened[event.data.incident] = (event.data.kpi, _ms(event.data.opened))
-        elif event.type == TYPE_RESOLVED:
+        opened.setdefault(event.data.incident, (event.data.kpi, _ms(event.data.opened)))  # its opening may be muted
+        if event.type == TYPE_RESOLVED:
             # The incident itself ended with its last anomalous point; what follows are the normal ones that prove it.
             ended[event.data.incident] = _ms(event.data.last_anomaly or event.time)
     forever = np.iinfo(np.int64).max

@@ -19,7 +19,7 @@ from models.checkpoint import Checkpoint
 from stream.columns import SeriesIndex
 from stream.detector import Detector, DetectorConfig
 from stream.embedded import Servers, discover, patch_aborted_transactions
-from stream.errors import ConfigError
+from stream.errors import CheckpointError, ConfigError
 from stream.settings import Settings
 from stream.store import Store
 from stream.topics import ensure_topics
@@ -33,7 +33,9 @@ def set_up_logging(level: str) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
     )
-    logging.getLogger("aiokafka").setLevel("ERROR" if level == "INFO" else level)
+    # aiokafka says each attempt of a retry; what comes of it we say ourselves. asyncio's are those of its tasks' ends.
+    quiet = {"INFO": "ERROR", "WARNING": "ERROR"}.get(level, level)
+    logging.getLogger("aiokafka").setLevel(quiet)
 
 
 def use_one_thread() -> None:
@@ -80,8 +82,28 @@ def roots(settings: Settings) -> list[Path]:
 
 
 def load_checkpoint(settings: Settings, ref: str | None = None) -> Checkpoint:
-    """Load the checkpoint that the settings (or `ref`) name."""
-    return repository.load(roots(settings), ref or settings.checkpoint)
+    """Load the checkpoint that the settings (or `ref`) name.
+
+    Raises:
+        ConfigError: there is none of that name or version.
+        CheckpointError: it is there and cannot be used.
+    """
+    where, ref = roots(settings), ref or settings.checkpoint
+    try:
+        return repository.load(where, ref)
+    except CheckpointError as e:
+        if _is_there(where, ref):
+            raise
+        raise ConfigError(str(e)) from None
+
+
+def _is_there(where: list[Path], ref: str) -> bool:
+    try:
+        name, version = repository.parse_ref(ref)
+        found = [version for root in where for version in repository.versions(root, name)]
+    except CheckpointError:
+        return False
+    return version in found if version is not None else bool(found)
 
 
 def detector_factory(config: DetectorConfig, checkpoint: Checkpoint) -> Callable[[], Detector]:
@@ -106,10 +128,21 @@ def make_worker(settings: Settings) -> Worker:
 async def serve(settings: Settings) -> None:
     """Run a worker until SIGTERM or SIGINT; everything taken in is settled and flushed then."""
     worker = make_worker(settings)
-    with stop_on_signals(worker.stop):
+    running = asyncio.ensure_future(worker.run())
+
+    def stop() -> None:
+        worker.stop()
+        if not worker.assigned.is_set():  # still waiting for a server, perhaps for long
+            running.cancel()
+
+    with stop_on_signals(stop):
         try:
-            await worker.run()
+            await asyncio.wait({running})
+            if not running.cancelled():
+                running.result()
         finally:
+            running.cancel()
+            await asyncio.wait({running})
             await worker.store.close()
 
 

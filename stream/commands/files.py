@@ -1,0 +1,217 @@
+"""Commands that need files only: backtest, train, sample."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stream.commands.shared import (
+    SAMPLE_START_MS,
+    CheckpointRef,
+    FewOnly,
+    Files,
+    Json,
+    print_summary,
+    say,
+    settings_with,
+    tables_of,
+)
+from stream.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from models.checkpoint import Bundle
+    from models.windows import TrainSeries
+
+
+class Family(StrEnum):
+    """The families of models."""
+
+    DEEPANT = "deepant"
+
+
+class Scaling(StrEnum):
+    """How a model scales its input."""
+
+    AUTO = "auto"
+    TRAIN = "train"
+    WINDOW = "window"
+
+
+def backtest(
+    files: Files,
+    as_json: Json = False,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write every score to this CSV file: timestamp,value,expected,score,threshold,probability,anomaly; "
+            "several KPIs: a first column with their names."
+        ),
+    ] = None,
+    train_fraction: Annotated[
+        float | None, typer.Option(help="Train on this first part of the points, test on the rest.")
+    ] = None,
+    model: Annotated[Family, typer.Option(help="Family to train with --train-fraction.")] = Family.DEEPANT,
+    window: Annotated[int, typer.Option(help="Window of the model to train, points.")] = 30,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    checkpoint: CheckpointRef = None,
+) -> None:
+    """Show what would have fired in CSV files, without servers.
+
+    The very same core prints the events that the service would publish for these points. --json ends with one {"summary": …} line.
+    """
+    if train_fraction is not None and not 0 < train_fraction < 1:
+        raise ConfigError(f"--train-fraction {train_fraction}: must lie between 0 and 1")
+    if train_fraction is not None and checkpoint is not None:
+        raise ConfigError("--train-fraction and --checkpoint: give one of them, the model is either trained or loaded")
+    from stream import backtest as core
+    from stream import csvfile, render
+    from stream.report import summarise
+    from stream.service import detector_factory, load_checkpoint, use_one_thread
+
+    settings = settings_with(checkpoint)
+    points = csvfile.merge(tables_of(files))
+    use_one_thread()
+    first = 0
+    if train_fraction is None:
+        chosen = load_checkpoint(settings)
+    else:
+        begin, first = core.head(points, train_fraction)
+        series = core.training_series(begin, round(settings.interval_s * 1000))
+        chosen = core.trained_checkpoint(_train(series, model, window, seed, Scaling.AUTO, 30, ""))
+    detector = detector_factory(settings.detector(), chosen)()
+    core.prime(detector, points, first)
+    started = time.monotonic()
+    events = []
+    unused = FewOnly("points not used")
+    with (
+        core.ScoreWriter.to(scores, detector, many=len(points.names) > 1) as writer,
+        render.progress("backtest", len(points.value)) as (bar, task),
+    ):
+        console = render.event_console(bar)
+        for done, result in core.run(detector, points, want_scores=scores is not None, first=first):
+            for event in result.events:
+                events.append(event)
+                render.print_event(event, as_json=as_json, console=console)
+            for reject in result.rejects:
+                unused.say(f"not used: {reject.detail}")
+            if writer is not None:
+                writer.write(result.scores)
+            bar.update(task, completed=done)
+    unused.end()
+    elapsed_s = time.monotonic() - started
+    print_summary(
+        summarise(points, events, detector.counts, elapsed_s=elapsed_s, rejected=unused.count, first=first), as_json
+    )
+
+
+def train(
+    files: Annotated[list[Path] | None, typer.Argument(help="CSV files to learn from.", metavar="FILE")] = None,
+    name: Annotated[str, typer.Option(help="Name of the checkpoint; each run adds a version.")] = ...,  # type: ignore[assignment]
+    model: Annotated[Family, typer.Option(help="Family.")] = Family.DEEPANT,
+    window: Annotated[int, typer.Option(help="Points of history: 10, 14, 18, …")] = 30,
+    scaling: Annotated[
+        Scaling,
+        typer.Option(help="train: one KPI's own scale; window: for KPIs never seen; auto: by the number of KPIs."),
+    ] = Scaling.AUTO,
+    generated: Annotated[int, typer.Option(help="Learn from so many generated KPIs as well.")] = 0,
+    epochs: Annotated[int, typer.Option(help="At most so many epochs.")] = 30,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+) -> None:
+    """Train a model and add it to the model repository.
+
+    Prints where it lies: TOCSIN_CHECKPOINTS/NAME/VERSION.
+    """
+    from models import checkpoint as repository
+    from models.errors import CheckpointError
+    from stream import backtest as core
+    from stream import csvfile
+    from stream import sample as samples
+    from stream.service import use_one_thread
+
+    settings = settings_with()
+    if not files and not generated:
+        raise ConfigError("nothing to learn from: give CSV files, or --generated N")
+    try:
+        repository.check_name(name)
+    except CheckpointError as e:
+        raise ConfigError(f"--name: {e}") from None
+    use_one_thread()
+    series = []
+    if files:
+        tables = tables_of(files)
+        digests = {kpi: hashlib.sha256(t.path.read_bytes()).hexdigest() for t in tables for kpi in t.names}
+        series += core.training_series(csvfile.merge(tables), round(settings.interval_s * 1000), digests)
+    for k in range(generated):
+        series += core.training_series(core.sample_points([samples.random_kpi(seed * 100_000 + k)]))
+    bundle = _train(series, model, window, seed, scaling, epochs, "tocsin " + " ".join(sys.argv[1:]))
+    typer.echo(str(repository.save(settings.checkpoints, name, bundle)))
+
+
+def sample(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File; none: stdout.")] = None,
+    days: Annotated[float, typer.Option(help="Length, days.")] = 28.0,
+    interval_s: Annotated[int, typer.Option(help="Grid step, seconds.")] = 300,
+    kind: Annotated[str, typer.Option(help="requests, latency, cpu, errors, memory or queue.")] = "requests",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 7,
+    clean: Annotated[bool, typer.Option("--clean", help="Without anomalies.")] = False,
+) -> None:
+    """Write a realistic labelled KPI as CSV.
+
+    With seasons, noise, missing points, spikes, shifts, dips and a silence. Without options it is the one that `tocsin demo` replays.
+    """
+    from stream import sample as samples
+
+    made = samples.generate(days, interval_s, seed, SAMPLE_START_MS, kind=kind, clean=clean)
+    if output is None:
+        samples.write_csv(made, sys.stdout)
+        return
+    try:
+        with output.open("w", newline="") as file:
+            samples.write_csv(made, file)
+    except OSError as e:
+        raise InputError(f"--output {output}: cannot be written: {e.strerror}") from None
+    for segment in (*made.segments, *made.silences):
+        begin, end = (
+            datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")
+            for ms in (segment.start_ms, segment.end_ms)
+        )
+        say(f"{begin}  {end}  {segment.kind}")
+
+
+def _train(
+    series: Sequence[TrainSeries],
+    family: Family,
+    window: int,
+    seed: int,
+    scaling: Scaling,
+    epochs: int,
+    command: str,
+) -> Bundle:
+    from models.deepant import DeepAnTConfig
+    from models.train import EpochReport, TrainConfig
+    from models.train import train as run_training
+    from stream import render
+
+    assert family is Family.DEEPANT
+    kind = scaling.value if scaling is not Scaling.AUTO else ("train" if len(series) == 1 else "window")
+    config = TrainConfig(
+        model=DeepAnTConfig(window=window, scaling=kind),  # type: ignore[arg-type]  # a Literal of the same words
+        seed=seed,
+        epochs=epochs,
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds") if command else "",
+    )
+    with render.progress("train", epochs) as (bar, task):
+
+        def on_epoch(report: EpochReport) -> None:
+            bar.update(task, completed=report.epoch, note=f"error {report.held_out_loss:.4f}")
+
+        return run_training(series, config, on_epoch)

@@ -1,0 +1,287 @@
+"""Commands that talk to servers: demo, up, serve, replay, subscribe, check."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Coroutine
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stream.commands.shared import (
+    SAMPLE_START_MS,
+    CheckpointRef,
+    Files,
+    Json,
+    points_of,
+    print_summary,
+    say,
+    settings_with,
+)
+from stream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stream.events import Event
+
+
+class Severity(StrEnum):
+    """Severities, rising."""
+
+    WARNING = "warning"
+    MAJOR = "major"
+    CRITICAL = "critical"
+
+
+class Start(StrEnum):
+    """Where a subscription begins."""
+
+    LATEST = "latest"
+    EARLIEST = "earliest"
+
+
+def demo(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="CSV files; none: a generated, labelled sample.", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+    checkpoint: CheckpointRef = None,
+) -> None:
+    """Show the whole path at work.
+
+    Starts an embedded broker and store, replays CSV points through the detector, prints every anomaly event as it is
+    published, and ends with a table of what was caught. Leaves nothing behind.
+    """
+    from stream import backtest, render, sample
+    from stream.demo import demo as run_demo
+    from stream.service import set_up_logging
+
+    settings = settings_with(checkpoint)
+    set_up_logging("CRITICAL" if settings.log_level == "INFO" else settings.log_level)
+    points = points_of(files) if files else backtest.sample_points([sample.generate(28, 300, 7, SAMPLE_START_MS)])
+    say(
+        f"replaying {render.counted(len(points.value), 'point')} of {render.counted(len(points.names), 'KPI')} "
+        "through an embedded broker and store"
+    )
+    with render.progress("replay", len(points.value)) as (bar, task):
+        console = render.event_console(bar)
+
+        def on_event(event: Event) -> None:
+            render.print_event(event, as_json=as_json, console=console)
+
+        def on_progress(sent: int, settled: int) -> None:
+            bar.update(task, completed=settled, note=f"{sent:,} sent")
+
+        summary = asyncio.run(run_demo(settings, points, on_event=on_event, on_progress=on_progress))
+    print_summary(summary, as_json)
+
+
+def up(
+    data_dir: Annotated[Path | None, typer.Option(help="Keep the servers' data here; none: gone at the end.")] = None,
+    kafka_port: Annotated[int | None, typer.Option(help="Port of the broker; none: a free one.")] = None,
+    redis_port: Annotated[int | None, typer.Option(help="Port of the store; none: a free one.")] = None,
+) -> None:
+    """Run the embedded servers and the detector until Ctrl-C.
+
+    A broker and a store as child processes on loopback ports.Meanwhile `tocsin replay` and `tocsin subscribe` in
+    other terminals find them by themselves.
+    """
+    _end_on_sigterm()
+    from stream.embedded import announce, embedded_servers
+    from stream.service import serve as run_service
+    from stream.service import set_up_logging, with_servers
+
+    settings = settings_with()
+    set_up_logging(settings.log_level)
+
+    async def run() -> None:
+        async with embedded_servers(data_dir=data_dir, kafka_port=kafka_port, redis_port=redis_port) as servers:
+            with announce(servers):
+                say(f"TOCSIN_KAFKA__BOOTSTRAP_SERVERS={servers.bootstrap_servers}")
+                say(f"TOCSIN_REDIS__URL={servers.redis_url}")
+                say("in another terminal: tocsin subscribe; tocsin replay FILE; here: Ctrl-C ends all")
+                await run_service(with_servers(settings, servers))
+
+    with contextlib.suppress(_Terminated):
+        asyncio.run(_until_sigterm(run()))
+
+
+def serve() -> None:
+    """Run the detector against your Kafka and Redis.
+
+    They are named by TOCSIN_KAFKA__BOOTSTRAP_SERVERS and TOCSIN_REDIS__URL. SIGTERM or Ctrl-C settles what was taken
+    in, writes the state, and ends with exit code 0.
+    """
+    _end_on_sigterm()
+    from stream.service import find_servers, set_up_logging
+    from stream.service import serve as run_service
+
+    settings = settings_with()
+    set_up_logging(settings.log_level)
+    asyncio.run(run_service(find_servers(settings)))
+
+
+def replay(
+    files: Files,
+    speed: Annotated[str, typer.Option(help="Event seconds per second, or max.")] = "max",
+    topic: Annotated[str | None, typer.Option(help="Topic to send to; none: the points topic.")] = None,
+    shift_to_now: Annotated[bool, typer.Option("--shift-to-now", help="Move the last point to now.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the last replay of these files into this topic stopped.")
+    ] = False,
+) -> None:
+    """Send the points of CSV files to the points topic.
+
+    Several files are merged by time. A replay stopped by Ctrl-C or SIGTERM goes on with --resume: no point is lost or sent twice. After a kill -9 up to
+    5,000 points may be sent twice; the detector takes them for duplicates.
+    """
+    pace = _speed(speed)
+    from stream import render
+    from stream.replay import Position
+    from stream.replay import replay as run_replay
+    from stream.service import find_servers, set_up_logging
+
+    points = points_of(files)
+    settings = find_servers(settings_with(), store=False)
+    set_up_logging(settings.log_level)
+    target = topic or settings.kafka.points_topic
+    total = len(points.value)
+    position = Position.of(_state_dir(), files, target, settings.kafka.bootstrap_servers)
+    first, shift_ms = position.read() if resume else (0, 0)
+    if resume and first >= total:
+        say(f"all {total:,} points are in {target} already; without --resume they are sent again")
+        return
+    if shift_to_now and not first:  # a resumed one keeps its grid
+        shift_ms = int(time.time() * 1000) - int(points.timestamp_ms.max())
+    sent = first
+    with render.progress(f"replay to {target}", total) as (bar, task):
+
+        def on_sent(n: int) -> None:
+            nonlocal sent
+            sent = n
+            position.write(n, shift_ms)
+            bar.update(task, completed=n)
+
+        bar.update(task, completed=first)
+        try:
+            asyncio.run(
+                _until_sigterm(
+                    run_replay(
+                        points,
+                        settings.kafka,
+                        topic=target,
+                        speed=pace,
+                        shift_ms=shift_ms,
+                        first=first,
+                        on_sent=on_sent,
+                    )
+                )
+            )
+        except (KeyboardInterrupt, _Terminated):
+            say(f"stopped after {sent:,} of {total:,} points; the same command with --resume goes on")
+            raise KeyboardInterrupt from None
+    say(
+        f"sent {render.counted(total - first, 'point')} of {render.counted(len(points.names), 'KPI')} to {target}"
+        f" at {settings.kafka.bootstrap_servers}"
+    )
+
+
+def subscribe(
+    kpi: Annotated[str, typer.Option(help="Glob that the KPI's name must match, e.g. 'checkout.*'.")] = "*",
+    min_severity: Annotated[Severity, typer.Option(help="Least severity.")] = Severity.WARNING,
+    start: Annotated[
+        Start, typer.Option("--from", help="Begin with new events, or with all that the topic holds.")
+    ] = Start.LATEST,
+    as_json: Json = False,
+) -> None:
+    """Follow the anomaly topic, a line for each event."""
+    from stream import render
+    from stream.service import find_servers, set_up_logging
+    from stream.subscribe import subscribe as follow
+
+    settings = find_servers(settings_with(), store=False)
+    set_up_logging(settings.log_level)
+
+    def on_ready() -> None:
+        say(f"following {settings.kafka.anomalies_topic} at {settings.kafka.bootstrap_servers}")
+
+    async def run() -> None:
+        async for event in follow(
+            settings.kafka, kpi=kpi, min_severity=min_severity.value, start=start.value, on_ready=on_ready
+        ):
+            render.print_event(event, as_json=as_json)
+
+    asyncio.run(run())
+
+
+def check(
+    settings_only: Annotated[
+        bool, typer.Option("--settings", help="List the settings with their defaults and try no server.")
+    ] = False,
+) -> None:
+    """Check settings, checkpoint, broker and store."""
+    from stream.settings import known_names
+
+    settings = settings_with()
+    if settings_only:
+        for variable, description, default in known_names():
+            typer.echo(f"{variable}={default}\n    {description}")
+        return
+    from stream.service import check_servers, find_servers, load_checkpoint, set_up_logging
+
+    set_up_logging("ERROR")
+    typer.echo(f"checkpoint {load_checkpoint(settings).ref}: fine")
+    for line in asyncio.run(check_servers(find_servers(settings))):
+        typer.echo(line)
+
+
+# -- shared -------------------------------------------------------------------------------------------------------
+
+
+def _end_on_sigterm() -> None:
+    """End with exit code 0 on SIGTERM while the program still loads; as process 1 of a container it would be deaf."""
+
+    def end(*_: object) -> None:
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+class _Terminated(Exception):
+    """SIGTERM has come."""
+
+
+async def _until_sigterm(work: Coroutine[object, object, None]) -> None:
+    """Do the work; SIGTERM cancels it as Ctrl-C does, so that it can end in order, and then raises `_Terminated`."""
+    task = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        current = asyncio.current_task()
+        if current is not None and current.cancelling():
+            raise  # Ctrl-C
+        raise _Terminated from None
+
+
+def _speed(text: str) -> float | None:
+    if text == "max":
+        return None
+    try:
+        speed = float(text)
+    except ValueError:
+        speed = 0.0
+    if not 0 < speed < float("inf"):
+        raise ConfigError(f"--speed {text}: must be a number above 0, or max")
+    return speed
+
+
+def _state_dir() -> Path:
+    import os
+
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tocsin"
