@@ -90,7 +90,9 @@ class Settings(Section):
     warmup_h: float = Field(24.0, ge=0, description="Event time a new series is watched before it is judged, hours.")
     min_observed: float = Field(0.2, ge=0, le=1, description="Share of a window that must have arrived to be scored.")
     follow_ratio: float = Field(
-        3.0, ge=1, description="A flagged value beyond this many thresholds is not learned at all; a nearer one in part."
+        3.0,
+        ge=1,
+        description="A flagged value beyond this many thresholds is not learned at all; a nearer one in part.",
     )
     recover_after: int = Field(3, ge=1, description="Normal points in a row that resolve an incident.")
     accept_after_h: float = Field(12.0, gt=0, description="An incident this long is taken for the new normal, hours.")
