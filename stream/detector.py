@@ -58,7 +58,7 @@ class DetectorConfig:
     # A flagged value enters the window as missing, completed by the forecast. One that lies less than this many times
     # its threshold from the forecast enters at the edge of the band: replaced, it would leave the forecast to itself,
     # and a single false alarm on a slope would last for hours (Hampel's rule: follow the near, ignore the far).
-    follow_ratio: float = 3.0
+    follow_ratio: float = 2.0
     min_observed: float = 0.2  # share of a window that must have arrived; below it the forecast rests on itself
     source: str = "tocsin"
 
