@@ -90,7 +90,7 @@ class Settings(Section):
     warmup_h: float = Field(24.0, ge=0, description="Event time a new series is watched before it is judged, hours.")
     min_observed: float = Field(0.2, ge=0, le=1, description="Share of a window that must have arrived to be scored.")
     follow_ratio: float = Field(
-        3.0,
+        2.0,
         ge=1,
         description="A flagged value beyond this many thresholds is not learned at all; a nearer one in part.",
     )
