@@ -24,7 +24,19 @@ from stream.errors import TocsinError
 from stream.events import Event
 from stream.report import Segment, Summary
 
-out = Console(highlight=False, soft_wrap=True)
+
+class OutputClosed(TocsinError):
+    """Whoever read our output has gone (`tocsin … | head`): nothing is wrong, and nobody is left to tell."""
+
+    exit_code = 0
+
+
+class _Out(Console):
+    def on_broken_pipe(self) -> None:
+        raise OutputClosed
+
+
+out = _Out(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
 
 _COLOUR = {"warning": "yellow", "major": "dark_orange", "critical": "bold red"}
@@ -57,12 +69,6 @@ def event_line(event: Event) -> Text:
     return line
 
 
-class OutputClosed(TocsinError):
-    """Whoever read our output has gone (`tocsin … | head`): nothing is wrong, and nobody is left to tell."""
-
-    exit_code = 0
-
-
 def print_event(event: Event, *, as_json: bool, console: Console | None = None) -> None:
     """Put an event on stdout; `console` is where a live progress bar stands, so that the line goes above it."""
     if as_json:
@@ -70,7 +76,7 @@ def print_event(event: Event, *, as_json: bool, console: Console | None = None) 
     elif console is not None:
         console.print(event_line(event), soft_wrap=True)
     else:
-        _print(event_line(event))
+        out.print(event_line(event))
 
 
 def write_line(text: str) -> None:
@@ -82,13 +88,6 @@ def write_line(text: str) -> None:
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise OutputClosed from None
-
-
-def _print(text: Text) -> None:
-    try:
-        out.print(text)
     except BrokenPipeError:
         raise OutputClosed from None
 
@@ -177,7 +176,7 @@ def _table(rows: list[list[str]], *, right: tuple[int, ...] = ()) -> list[Text]:
 def print_summary(summary: Summary) -> None:
     """Put the tables on stdout."""
     for line in [Text(), *summary_lines(summary)]:
-        _print(line)
+        out.print(line)
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def backtest(
 ) -> None:
     """Show what would have fired in CSV files, without servers.
 
-    The very same core prints the events that the service would publish for these points. --json ends with one {"summary": …} line.
+    The very same core prints the events that the service would publish for these points. --json
+    ends with one {"summary": …} line.
     """
     if train_fraction is not None and not 0 < train_fraction < 1:
         raise ConfigError(f"--train-fraction {train_fraction}: must lie between 0 and 1")
@@ -165,13 +166,19 @@ def sample(
 ) -> None:
     """Write a realistic labelled KPI as CSV.
 
-    With seasons, noise, missing points, spikes, shifts, dips and a silence. Without options it is the one that `tocsin demo` replays.
+    With seasons, noise, missing points, spikes, shifts, dips and a silence. Without options it is the one that
+    `tocsin demo` replays.
     """
     from stream import sample as samples
+    from stream.render import OutputClosed
 
     made = samples.generate(days, interval_s, seed, SAMPLE_START_MS, kind=kind, clean=clean)
     if output is None:
-        samples.write_csv(made, sys.stdout)
+        try:
+            samples.write_csv(made, sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise OutputClosed from None
         return
     try:
         with output.open("w", newline="") as file:

@@ -88,8 +88,8 @@ def up(
 ) -> None:
     """Run the embedded servers and the detector until Ctrl-C.
 
-    A broker and a store as child processes on loopback ports.Meanwhile `tocsin replay` and `tocsin subscribe` in
-    other terminals find them by themselves.
+    A broker and a store as child processes on loopback ports. Meanwhile `tocsin replay` and `tocsin subscribe` in other
+    terminals find them by themselves.
     """
     _end_on_sigterm()
     from stream.embedded import announce, embedded_servers
@@ -137,8 +137,8 @@ def replay(
 ) -> None:
     """Send the points of CSV files to the points topic.
 
-    Several files are merged by time. A replay stopped by Ctrl-C or SIGTERM goes on with --resume: no point is lost or sent twice. After a kill -9 up to
-    5,000 points may be sent twice; the detector takes them for duplicates.
+    Several files are merged by time. A replay stopped by Ctrl-C or SIGTERM goes on with --resume: no point is lost or
+    sent twice. After a kill -9 up to 5,000 points may be sent twice; the detector takes them for duplicates.
     """
     pace = _speed(speed)
     from stream import render
