@@ -9,9 +9,10 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from models.pot import PotConfig
 from stream.detector import DetectorConfig
@@ -76,8 +77,12 @@ class PotSettings(Section):
         return PotConfig(q=self.q, level=self.level, min_scores=self.min_scores)
 
 
-class Settings(Section):
+class Settings(BaseSettings):
     """All settings of a service."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", allow_inf_nan=False
+    )
 
     kafka: KafkaSettings = KafkaSettings()
     redis: RedisSettings = RedisSettings()
@@ -101,6 +106,18 @@ class Settings(Section):
     log_level: str = Field(
         "INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Logs on stderr from this level."
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what is given: `load_settings` says which environment it comes from."""
+        return (init_settings,)
 
     def detector(self) -> DetectorConfig:
         """Return the part that the core needs."""
@@ -128,6 +145,17 @@ def known_names(model: type[BaseModel] = Settings, prefix: str = PREFIX) -> Iter
 _SECRETS = frozenset(name for name, _, default in known_names() if isinstance(default, SecretStr))
 
 
+class _Environment(EnvSettingsSource):
+    """The environment variables of a mapping: pydantic-settings by itself reads those of this process only."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = {name.lower(): value for name, value in environ.items()}
+        super().__init__(Settings)
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return self._environ
+
+
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Read the settings from the environment.
 
@@ -136,7 +164,6 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """
     environ = os.environ if environ is None else environ
     names = [name for name, _, _ in known_names()]
-    values: dict[str, Any] = {}
     for variable in sorted(environ):
         upper = variable.upper()
         if not upper.startswith(PREFIX) or upper.startswith(RESERVED):
@@ -145,13 +172,8 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
             near = difflib.get_close_matches(upper, names, n=1)
             hint = f"did you mean {near[0]}?" if near else "`tocsin check --settings` lists them"
             raise ConfigError(f"{variable}: there is no such setting; {hint}")
-        *sections, field = upper.removeprefix(PREFIX).lower().split("__")
-        place = values
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[field] = environ[variable]
     try:
-        return Settings.model_validate(values)
+        return Settings(**_Environment(environ)())
     except ValidationError as e:
         raise ConfigError(_explain(e)) from None
 
