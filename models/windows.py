@@ -75,13 +75,13 @@ def usable_targets(series: TrainSeries, filled: Float64, window: int) -> Int64:
     if n <= window:
         return np.empty(0, dtype=np.int64)
     observed: Bool = ~np.isnan(series.values).any(axis=1)
-    unfit: Bool = np.isnan(filled).any(axis=1) | series.anomalous
+    missing: Bool = np.isnan(filled).any(axis=1)
 
     def in_history(points: Bool) -> Int64:  # how many of them, before target window, window + 1, ..., n - 1
         counts: Int64 = np.concatenate([[0], np.cumsum(points)])
         return counts[window:n] - counts[: n - window]
 
-    clean = in_history(unfit) == 0
+    clean = in_history(missing | series.anomalous) == 0
     enough = in_history(observed) >= LEAST_OBSERVED * window
     return np.flatnonzero(clean & enough & (observed & ~series.anomalous)[window:]) + window
 
