@@ -74,8 +74,8 @@ def usable_targets(series: TrainSeries, filled: Float64, window: int) -> Int64:
     n = len(series.values)
     if n <= window:
         return np.empty(0, dtype=np.int64)
-    observed: Bool = ~np.isnan(series.values).any(axis=1)
-    missing: Bool = np.isnan(filled).any(axis=1)
+    observed: Bool = np.asarray(~np.isnan(series.values).any(axis=1))
+    missing: Bool = np.asarray(np.isnan(filled).any(axis=1))
 
     def in_history(points: Bool) -> Int64:  # how many of them, before target window, window + 1, ..., n - 1
         counts: Int64 = np.concatenate([[0], np.cumsum(points)])
