@@ -10,7 +10,7 @@ from stream.csvfile import Points
 from stream.embedded import embedded_servers
 from stream.errors import TocsinError
 from stream.events import Event
-from stream.replay import replay
+from stream.replay import CHUNK, replay
 from stream.report import Summary, summarise
 from stream.service import make_worker, with_servers
 from stream.settings import Settings
@@ -19,6 +19,7 @@ from stream.worker import Worker
 
 _LAST_EVENTS_S = 10.0  # how long published events may take to reach the subscription
 _LOOK_S = 0.02
+_CHUNKS = 60  # that a replay is cut into
 
 
 async def demo(
@@ -67,15 +68,25 @@ async def _drive(
         sent = n
         on_progress(sent, settled(worker))
 
+    async def until_settled(n: int) -> None:
+        while settled(worker) < n:
+            await asyncio.sleep(_LOOK_S)
+            on_progress(sent, settled(worker))
+
+    # Sent as fast as the broker takes them, all points would be one batch: a second of silence, then all events at
+    # once. So that they come one by one, as they do in life, the replay stays just ahead of the worker.
+    chunk = min(max(len(points.value) // _CHUNKS, 1), CHUNK)
+
+    async def room(begin: int) -> None:
+        await until_settled(begin - chunk)
+
     async with asyncio.TaskGroup() as group:  # whichever part fails, the others end with it
         running = group.create_task(worker.run())
         await worker.assigned.wait()
         following = group.create_task(follow())
         started = time.monotonic()
-        await replay(points, settings.kafka, on_sent=on_sent)
-        while settled(worker) < len(points.value):
-            await asyncio.sleep(_LOOK_S)
-            on_progress(sent, settled(worker))
+        await replay(points, settings.kafka, on_sent=on_sent, chunk=chunk, room=room)
+        await until_settled(len(points.value))
         elapsed_s = time.monotonic() - started
         published = sum(partition.published for partition in worker.partitions.values())
         rejected = sum(partition.rejected for partition in worker.partitions.values())

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from stream.records import SECONDS_BELOW
 from stream.settings import KafkaSettings
 from stream.topics import ensure_topics
 
-_CHUNK = 5_000  # points between two acknowledgements at full speed
+CHUNK = 5_000  # points between two acknowledgements at full speed
 _TICK_S = 0.05  # a paced replay sends what is due this often
 _LAST_CHUNK_S = 10.0  # how long a stopped replay waits for the broker to acknowledge what it was given
 
@@ -45,6 +45,8 @@ async def replay(
     shift_ms: int = 0,
     first: int = 0,
     on_sent: Callable[[int], None] | None = None,
+    chunk: int = CHUNK,
+    room: Callable[[int], Awaitable[None]] | None = None,
 ) -> None:
     """Send points to the points topic, in their order, keyed by KPI; returns when the broker has all of them.
 
@@ -62,6 +64,8 @@ async def replay(
         shift_ms: added to every timestamp.
         first: index of the first point to send.
         on_sent: told after each acknowledgement how many points the broker has, those before `first` included.
+        chunk: points between two acknowledgements, at most.
+        room: asked before each chunk, with the number of points sent so far; it returns when more may be sent.
 
     Raises:
         BrokerError: the broker cannot be reached or refuses.
@@ -96,11 +100,13 @@ async def replay(
         await producer.start()
         started, begin = time.monotonic(), first
         while begin < len(points.value):
+            if room is not None:
+                await room(begin)
             if speed is None:
-                end = min(begin + _CHUNK, len(points.value))
+                end = min(begin + chunk, len(points.value))
             else:
                 due = arrival_s[first] + (time.monotonic() - started) * speed
-                end = min(int(np.searchsorted(arrival_s, due, side="right")), begin + _CHUNK)
+                end = min(int(np.searchsorted(arrival_s, due, side="right")), begin + chunk)
                 if end <= begin:
                     await asyncio.sleep(min(max((arrival_s[begin] - due) / speed, 0.001), _TICK_S))
                     continue
