@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -67,8 +68,10 @@ async def ensure_topics(
         )  # anew each time: it does not find its way round a node that died
         try:
             remaining_s = max(deadline_s - (time.monotonic() - started), 0.1)
+            with _unsaid():
+                async with asyncio.timeout(remaining_s):
+                    await admin.start()
             async with asyncio.timeout(remaining_s):
-                await admin.start()
                 return await _ensure(admin, topics, replication_factor, configs or {})
         except (_Refused, KafkaError, OSError, TimeoutError, AssertionError, AttributeError) as e:
             # The last two come from aiokafka on a broker that knows no controller or no node yet.
@@ -91,6 +94,19 @@ async def ensure_topics(
             ) from problem
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, _BACKOFF_S[1])
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """Keep aiokafka from logging each attempt to connect: the error that we raise, if any, says it once."""
+    log = logging.getLogger("aiokafka")
+    level = log.level
+    if log.getEffectiveLevel() > logging.DEBUG:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class _Refused(Exception):
