@@ -1,0 +1,18 @@
+"""The benches run; their figures are for people, and for a quiet machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+
+def test_a_small_bench_prints_every_figure() -> None:
+    command = [sys.executable, "-m", "tests.bench", "--kpis", "500", "--points", "10000", "--rounds", "1"]
+    done = subprocess.run([*command, "--broker", "embedded"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert set(lines) == {"forward", "bare", "limit", "core", "live", "restore"}
+    assert all(line["value"] > 0 and set(line) >= {"unit", "ratio", "against"} for line in lines.values())
+    assert lines["limit"]["value"] == round(lines["forward"]["value"] + lines["bare"]["value"], 3)
+    assert lines["live"]["ratio"] > 0
