@@ -57,11 +57,12 @@ def prime(detector: Detector, points: Points, first: int) -> None:
         first: index of the first point that counts.
     """
     config, cells = detector.config, 2 * detector.model.window  # twice: missing points, late ones
+    calibrated = detector.calibration is not None and len(detector.calibration) >= config.pot.min_scores
     taken = np.zeros(len(points.value), np.bool_)
     for k in range(len(points.names)):
         own = np.flatnonzero((points.kpi[:first] == k) & ~np.isnan(points.value[:first]))
         begin = len(own) - cells
-        if detector.calibration is None and len(own):
+        if not calibrated and len(own):
             time = points.timestamp_ms[own]
             begin = min(begin, int(np.searchsorted(time, time[-1] - config.warmup_ms)) - cells)
             begin = min(begin, len(own) - cells - config.pot.min_scores)

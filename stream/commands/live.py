@@ -235,8 +235,9 @@ def check(
     from stream.service import check_servers, find_servers, load_checkpoint, set_up_logging
 
     set_up_logging("ERROR")
+    settings = find_servers(settings)
     typer.echo(f"checkpoint {load_checkpoint(settings).ref}: fine")
-    for line in asyncio.run(check_servers(find_servers(settings))):
+    for line in asyncio.run(check_servers(settings)):
         typer.echo(line)
 
 

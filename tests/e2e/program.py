@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -102,7 +103,7 @@ class Running:
             except psutil.NoSuchProcess:
                 continue
             self._descendants[child.pid] = child
-            self.data_dirs |= {Path(after) for name, after in zip(command, command[1:], strict=False) if name in DIRS}
+            self.data_dirs |= {Path(after) for name, after in pairwise(command) if name in DIRS}
         return len(self._descendants)
 
     def end(self, number: signal.Signals) -> int:
