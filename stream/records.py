@@ -194,7 +194,8 @@ def _timestamp_ms(timestamp: int | float | str) -> int:
 
 
 def _refuse_future(columns: Columns, arrival_ms: Int64Array, future_limit_ms: int, rejects: list[Reject]) -> Columns:
-    ahead = columns.timestamp_ms - arrival_ms[columns.row] > future_limit_ms
+    arrival = arrival_ms[columns.row]
+    ahead = (columns.timestamp_ms - arrival > future_limit_ms) & (arrival >= 0)  # -1: the record carries no time
     if not ahead.any():
         return columns
     for row in np.unique(columns.row[ahead]).tolist():

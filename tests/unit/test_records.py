@@ -228,3 +228,4 @@ def test_arrival_is_that_of_the_own_record() -> None:
     assert [point[3] for point in good] == [2]
     assert [(reject.row, reject.reason) for reject in rejects] == [(0, "not_json"), (1, "in_the_future")]
     assert read(record(timestamp=MS), arrival_ms=None)[1] == []
+    assert read(record(timestamp=MS), arrival_ms=[-1])[1] == [], "a record without a time of its own"
