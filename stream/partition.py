@@ -67,11 +67,17 @@ class Partition:
         self._settlement = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
+        self._settling = False
 
     @property
     def unsettled(self) -> int:
         """Records taken in and not settled yet."""
         return max(self.position - max(self.settled, self.muted_until), 0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether outputs wait for their transaction, or are in it."""
+        return self._settling or bool(self._pending.events or self._pending.rejects)
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -159,7 +165,9 @@ class Partition:
             with contextlib.suppress(TimeoutError):  # offsets alone may wait a little
                 await asyncio.wait_for(self._work.wait(), _IDLE_COMMIT_S)
             if self.position > self.settled:
+                self._settling = True
                 await self._settle()
+                self._settling = False
                 await asyncio.sleep(self.settings.kafka.settle_interval_ms / 1000)
 
     async def _settle(self) -> None:

@@ -84,11 +84,23 @@ def decode(
                 rows.append(row)
             except _Refusal as refusal:
                 rejects.append(Reject(row, refusal.reason, str(refusal)))
-    columns = _columns(points, rows, index, rejects)
-    if arrival_ms is not None and len(columns):
-        columns = _refuse_future(columns, np.asarray(arrival_ms, np.int64), future_limit_ms, rejects)
+    arrival = np.full(len(raw), -1) if arrival_ms is None else np.asarray(arrival_ms, np.int64)
+    columns = _columns(points, np.asarray(rows, np.int64), index, rejects, _Arrivals(arrival, future_limit_ms))
     rejects.sort(key=lambda reject: reject.row)
     return columns, rejects
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrivals:
+    """When the records of a batch came, (N,) int64 ms, -1 for one without a time, and how far ahead is too far."""
+
+    ms: Int64Array
+    limit_ms: int
+
+    def ahead(self, timestamp_ms: Int64Array | np.int64, row: Int64Array | int) -> Int64Array:
+        """Return by how much points of these rows lie ahead, 0 where that is allowed."""
+        ahead = timestamp_ms - self.ms[row]
+        return np.where((self.ms[row] >= 0) & (ahead > self.limit_ms), ahead, 0)
 
 
 class _Refusal(RecordError):
@@ -126,8 +138,9 @@ def _decode_lenient(value: bytes, problem: str) -> Point:
         raise _Refusal("wrong_type", str(e)) from None
 
 
-def _columns(points: list[Point], rows: list[int] | range, index: SeriesIndex, rejects: list[Reject]) -> Columns:
-    slots = np.array([index[p.kpi] for p in points], np.int32)  # type: ignore[index]  # None -> -1
+def _columns(
+    points: list[Point], row: Int64Array, index: SeriesIndex, rejects: list[Reject], arrivals: _Arrivals
+) -> Columns:
     try:
         stamps = [p.timestamp for p in points]
         if set(map(type, stamps)) - {int}:  # np.array would cut a float off in silence
@@ -135,33 +148,41 @@ def _columns(points: list[Point], rows: list[int] | range, index: SeriesIndex, r
         timestamps = np.array(stamps, np.int64)
         values = np.array([p.value for p in points], np.float64)  # None -> NaN, UNSET raises
     except (TypeError, OverflowError, ValueError):
-        return _columns_one_by_one(points, rows, index, rejects)
-    bad = (slots < 0) | (timestamps < 0) | (np.abs(values) > VALUE_MAX)
+        return _columns_one_by_one(points, row, index, rejects, arrivals)
+    bad = (timestamps < 0) | (np.abs(values) > VALUE_MAX)
     timestamps = np.where(timestamps < SECONDS_BELOW, timestamps * 1000, timestamps)
-    if (bad | (timestamps > TIMESTAMP_MAX_MS)).any():
-        return _columns_one_by_one(points, rows, index, rejects)
-    row = np.arange(len(points)) if isinstance(rows, range) else np.array(rows, np.int64)
+    if (bad | (timestamps > TIMESTAMP_MAX_MS) | (arrivals.ahead(timestamps, row) > 0)).any():
+        return _columns_one_by_one(points, row, index, rejects, arrivals)
+    # Last: a record that is refused must not make a series.
+    slots = np.array([index[p.kpi] for p in points], np.int32)  # type: ignore[index]  # None -> -1
+    if (slots < 0).any():
+        return _columns_one_by_one(points, row, index, rejects, arrivals)
     return Columns(slots, timestamps, values, row)
 
 
 def _columns_one_by_one(
-    points: list[Point], rows: list[int] | range, index: SeriesIndex, rejects: list[Reject]
+    points: list[Point], rows: Int64Array, index: SeriesIndex, rejects: list[Reject], arrivals: _Arrivals
 ) -> Columns:
     """Do what the column path does for a batch that holds something unusual: entities, ISO times, bad points."""
     good: list[tuple[int, int, float, int]] = []
-    for point, row in zip(points, rows, strict=True):
+    for point, row in zip(points, rows.tolist(), strict=True):
         try:
             timestamp = _timestamp_ms(point.timestamp)
-            for name, value in _named_values(point):
+            named = _named_values(point)
+            for name, value in named:  # an entity is taken whole or not at all
                 if problem := name_problem(name):
                     raise _Refusal("bad_name", problem)
                 if value is not None and abs(value) > VALUE_MAX:
                     raise _Refusal("bad_value", f"the value {value} is beyond ±{VALUE_MAX:g}")
-                good.append((index[name], timestamp, math.nan if value is None else value, row))
+            if ahead_ms := int(arrivals.ahead(np.int64(timestamp), row)):
+                limit = f"the limit is {arrivals.limit_ms / 1000:g} s"
+                raise _Refusal(
+                    "in_the_future", f"the timestamp lies {ahead_ms / 1000:g} s ahead of its arrival, {limit}"
+                )
         except _Refusal as refusal:
             rejects.append(Reject(row, refusal.reason, str(refusal)))
-            while good and good[-1][3] == row:  # an entity is taken whole or not at all
-                good.pop()
+        else:
+            good += [(index[name], timestamp, math.nan if value is None else value, row) for name, value in named]
     slot, timestamp_ms, value_, row_ = zip(*good, strict=True) if good else ((), (), (), ())
     return Columns.of(slot, timestamp_ms, value_, row_)
 
@@ -191,17 +212,3 @@ def _timestamp_ms(timestamp: int | float | str) -> int:
         return round(ms)
     where = "before 1970" if ms < 0 else "beyond the year 2200 (seconds or ms expected)"
     raise _Refusal("bad_timestamp", f"the timestamp {str(timestamp)[:40]} lies {where if ms == ms else 'nowhere'}")
-
-
-def _refuse_future(columns: Columns, arrival_ms: Int64Array, future_limit_ms: int, rejects: list[Reject]) -> Columns:
-    arrival = arrival_ms[columns.row]
-    ahead = (columns.timestamp_ms - arrival > future_limit_ms) & (arrival >= 0)  # -1: the record carries no time
-    if not ahead.any():
-        return columns
-    for row in np.unique(columns.row[ahead]).tolist():
-        ahead_ms = int((columns.timestamp_ms[columns.row == row] - arrival_ms[row]).max())
-        detail = (
-            f"the timestamp lies {ahead_ms / 1000:g} s ahead of its arrival, the limit is {future_limit_ms / 1000:g} s"
-        )
-        rejects.append(Reject(row, "in_the_future", detail))
-    return columns.take(~np.isin(columns.row, columns.row[ahead]))

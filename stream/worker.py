@@ -21,7 +21,8 @@ from stream.topics import ensure_topics
 log = logging.getLogger(__name__)
 
 _POLL_MS = 200
-_SLICE_S = 0.2  # what is taken in at once should take no longer
+_SLICE_S = 0.1  # what is taken in at once should take no longer
+_TURN_S = 0.002
 _SLICE_MIN = 100  # records
 
 
@@ -98,7 +99,8 @@ class Worker:
                 per_record_s = (time.monotonic() - began) / len(part)
                 batch = batch[len(part) :]
                 self._slice = max(int(_SLICE_S / max(per_record_s, 1e-6)), _SLICE_MIN)
-                await asyncio.sleep(0)  # lets transactions and heartbeats go on
+                # Lets transactions and heartbeats go on; one that has outputs to bring out needs some network turns.
+                await asyncio.sleep(_TURN_S if any(one.busy for one in self.partitions.values()) else 0)
         if self._problem is not None:
             if isinstance(self._problem, TocsinError):
                 raise self._problem

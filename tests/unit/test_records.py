@@ -222,6 +222,20 @@ def test_a_point_ahead_of_its_arrival_is_refused(ahead_ms: int, refused: bool) -
         assert rejects[0].detail == "the timestamp lies 600.001 s ahead of its arrival, the limit is 600 s"
 
 
+def test_a_refused_record_makes_no_series() -> None:
+    index = SeriesIndex()
+    refused = [
+        record(kpi="infinite", value=float("inf")),
+        record(kpi="ancient", timestamp=-1),
+        record(kpi="future", timestamp=MS + 600_001),
+        entity(timestamp=MS + 600_001),
+    ]
+    for batch in ([one] for one in refused), [[*refused, record(kpi="good")]]:
+        for raw in batch:
+            decode(raw, index, arrival_ms=[MS] * len(raw))
+    assert index.names == ["good"]
+
+
 def test_arrival_is_that_of_the_own_record() -> None:
     raw = [b"junk", record(timestamp=MS + 5_000), record(timestamp=MS + 5_000)]
     good, rejects = read(*raw, arrival_ms=[0, MS + 3_999, MS + 4_000], future_limit_ms=1_000)
