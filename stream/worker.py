@@ -37,6 +37,7 @@ class Worker:
         self.assigned = asyncio.Event()  # set once the first assignment is complete
         self._stop = asyncio.Event()
         self._problem: Exception | None = None
+        self._gave_way = 0.0
         self._slice = 1_000  # records taken in at once; follows how long they take
         self._gone = Counts()
 
@@ -99,8 +100,7 @@ class Worker:
                 per_record_s = (time.monotonic() - began) / len(part)
                 batch = batch[len(part) :]
                 self._slice = max(int(_SLICE_S / max(per_record_s, 1e-6)), _SLICE_MIN)
-                # Lets transactions and heartbeats go on; one that has outputs to bring out needs some network turns.
-                await asyncio.sleep(_TURN_S if any(one.busy for one in self.partitions.values()) else 0)
+                await self._give_way()
         if self._problem is not None:
             if isinstance(self._problem, TocsinError):
                 raise self._problem
@@ -111,6 +111,13 @@ class Worker:
             full = partition.unsettled > self.settings.kafka.unsettled_max
             if full != (at in self._consumer.paused()):
                 (self._consumer.pause if full else self._consumer.resume)(at)
+
+    async def _give_way(self) -> None:
+        """Let transactions and heartbeats go on; now and then with time for the network's answers, if any is due."""
+        due = time.monotonic() - self._gave_way >= _SLICE_S and any(one.busy for one in self.partitions.values())
+        await asyncio.sleep(_TURN_S if due else 0)
+        if due:
+            self._gave_way = time.monotonic()
 
     async def _assign(self, assigned: Sequence[TopicPartition]) -> None:
         async def take(at: TopicPartition) -> None:
