@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import functools
 import importlib
-import json
 import os
 import shutil
 import socket
@@ -26,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -539,82 +538,3 @@ def patch_aborted_transactions() -> None:
 
     ClusterMetadata.update_metadata = update_metadata
     AIOKafkaClient.send = send_request
-
-
-# -- so that other terminals find the servers of `tocsin up` --------------------------------------------------------
-
-
-@contextlib.contextmanager
-def announce(servers: Servers) -> Iterator[None]:
-    """Let `discover` in other processes of this user find these servers until the block ends.
-
-    Raises:
-        ConfigError: the runtime directory belongs to someone else.
-    """
-    directory = _runtime_dir()
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"{directory} cannot be made ({e.strerror}): set XDG_RUNTIME_DIR to one of yours") from e
-    if not _is_ours(directory):
-        raise ConfigError(f"{directory} must belong to you alone (mode 0700): remove it, or set XDG_RUNTIME_DIR")
-    path = directory / f"up-{os.getpid()}.json"
-    scratch = path.with_suffix(".tmp")
-    with scratch.open("w") as file:
-        # Held until this process ends, by whatever cause: what tells a live announcement from a left-over.
-        fcntl.flock(file, fcntl.LOCK_EX)
-        fields = {
-            "pid": os.getpid(),
-            "bootstrap_servers": servers.bootstrap_servers,
-            "redis_url": servers.redis_url,
-            "data_dir": str(servers.data_dir),
-        }
-        file.write(json.dumps(fields))
-        file.flush()
-        scratch.replace(path)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def discover() -> Servers | None:
-    """Return the servers that a running process of this user has announced, the latest if several, or None."""
-    directory = _runtime_dir()
-    if not _is_ours(directory):
-        return None
-    found: list[tuple[float, Servers]] = []
-    for path in directory.glob("up-*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), path.open() as file:
-            if not _is_locked(file.fileno()):
-                path.unlink(missing_ok=True)  # its process was killed
-                continue
-            fields = json.load(file)
-            os.kill(fields["pid"], 0)
-            servers = Servers(fields["bootstrap_servers"], fields["redis_url"], Path(fields["data_dir"]))
-            found.append((os.fstat(file.fileno()).st_mtime, servers))
-    return max(found, key=lambda each: each[0])[1] if found else None
-
-
-def _is_locked(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    return False
-
-
-def _runtime_dir() -> Path:
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(runtime) / "tocsin"
-    return Path(tempfile.gettempdir()) / f"tocsin-{os.getuid()}"
-
-
-def _is_ours(directory: Path) -> bool:
-    """Tell whether nobody else can have put a file there: others' servers must not be taken for ours."""
-    try:
-        status = directory.lstat()
-    except OSError:
-        return False
-    is_directory = not directory.is_symlink() and directory.is_dir()
-    return is_directory and status.st_uid == os.getuid() and not status.st_mode & 0o077

@@ -18,7 +18,8 @@ from models import checkpoint as repository
 from models.checkpoint import Checkpoint
 from stream.columns import SeriesIndex
 from stream.detector import Detector, DetectorConfig
-from stream.embedded import Servers, discover, patch_aborted_transactions
+from stream.discovery import discover
+from stream.embedded import Servers, patch_aborted_transactions
 from stream.errors import CheckpointError, ConfigError
 from stream.settings import Settings
 from stream.store import Store

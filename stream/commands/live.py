@@ -92,7 +92,8 @@ def up(
     terminals find them by themselves.
     """
     _end_on_sigterm()
-    from stream.embedded import announce, embedded_servers
+    from stream.discovery import announce
+    from stream.embedded import embedded_servers
     from stream.service import serve as run_service
     from stream.service import set_up_logging, with_servers
 

@@ -19,14 +19,16 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from redis.asyncio import Redis
 
 from stream import embedded
-from stream.embedded import Child, Servers, announce, discover, embedded_servers
+from stream.discovery import announce, discover
+from stream.embedded import Child, Servers, embedded_servers
 from stream.errors import BrokerError, ConfigError, StoreError
 from stream.topics import ensure_topics
 
 # A process that runs the servers, says where they are and goes on until it is ended.
 OWNER = """
 import asyncio, json, pathlib, sys
-from stream.embedded import announce, embedded_servers
+from stream.discovery import announce
+from stream.embedded import embedded_servers
 
 async def main():
     given = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else None
