@@ -11,7 +11,6 @@ The order that makes the output exactly-once, whatever is killed when:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +32,6 @@ from stream.store import Saved, Store
 log = logging.getLogger(__name__)
 
 NOTHING = -1  # no offset: the store has no state of the partition
-_IDLE_COMMIT_S = 1.0  # offsets without outputs are committed this often
 
 
 @dataclass(slots=True)
@@ -162,8 +160,8 @@ class Partition:
     async def _settle_loop(self) -> None:
         """Commit one transaction at a time, some time apart, while the next batches are computed."""
         while not (self._stopping and self.position <= self.settled):
-            with contextlib.suppress(TimeoutError):  # offsets alone may wait a little
-                await asyncio.wait_for(self._work.wait(), _IDLE_COMMIT_S)
+            await self._work.wait()
+            self._work.clear()  # here, and not in `_settle`: what a muted stretch takes in is never settled
             if self.position > self.settled:
                 self._settling = True
                 await self._settle()
@@ -176,7 +174,6 @@ class Partition:
         kafka = self.settings.kafka
         position, pending = self.position, self._pending
         self._pending = _Pending()
-        self._work.clear()
         async with self._producer.transaction():
             for event in pending.events:
                 key = event.subject.encode()
