@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 
 import pytest
 
@@ -117,6 +118,12 @@ async def test_without_its_state_a_worker_rebuilds_from_the_log(broker: str, red
         for one in at:
             await second.store.drop(settings.kafka.group, one.topic, one.partition)
     async with working(settings) as third:
+        async with asyncio.timeout(DEADLINE_S):
+            while third.counts().points < half:
+                await asyncio.sleep(0.05)
+        began = time.process_time()
+        await asyncio.sleep(1)  # measured over it: a worker that has nothing to settle went round without end
+        assert time.process_time() - began < 0.5
         await replay(_part(half, len(POINTS.value)), settings.kafka)
         await until_committed(settings.kafka, len(POINTS.value))
         assert third.counts().points == len(POINTS.value), "the first half was gone through again, muted"
