@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -20,16 +20,40 @@ Float64Array = npt.NDArray[np.float64]
 NAME_BYTES_MAX = 512
 
 
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """An entity that is watched as one series: its slot, and the place of each of its metrics."""
+
+    slot: int
+    features: Mapping[str, int]
+
+
 class SeriesIndex(dict[str, int]):
     """Series name -> slot, the row that the series has in every array of a detector.
 
     Looking a new name up gives it the next slot. A name that cannot be a series name gives -1 and is
     not kept, so that junk cannot fill the memory.
+
+    Attributes:
+        names: the name of each slot.
+        entities: those that are watched as one series, by slot.
     """
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
+    def __init__(
+        self, names: Iterable[str] = (), metrics_of: Callable[[str], Sequence[str] | None] = lambda name: None
+    ) -> None:
+        """Make an index of these names.
+
+        Args:
+            names: of KPIs, in the order of their slots.
+            metrics_of: the metrics of an entity in the order of its model's features; None for an entity that is
+                watched metric by metric.
+        """
         super().__init__()
         self.names: list[str] = []
+        self.entities: dict[int, Entity] = {}
+        self._metrics_of = metrics_of
+        self._by_metric: set[str] = set()  # entities that are watched metric by metric
         for name in names:
             self[name]
 
@@ -40,6 +64,21 @@ class SeriesIndex(dict[str, int]):
         self[name] = slot
         self.names.append(name)
         return slot
+
+    def entity(self, name: str) -> Entity | None:
+        """Return the entity of a name that can be one; None if it is watched metric by metric."""
+        slot = self.get(name, -1)
+        if (known := self.entities.get(slot)) is not None:
+            return known
+        if name in self._by_metric:
+            return None
+        metrics = self._metrics_of(name) if slot < 0 else None  # a KPI of that name was first
+        if metrics is None:
+            self._by_metric.add(name)
+            return None
+        entity = Entity(self[name], {metric: i for i, metric in enumerate(metrics)})
+        self.entities[entity.slot] = entity
+        return entity
 
 
 def name_problem(name: object) -> str | None:
@@ -68,12 +107,14 @@ class Columns:
         timestamp_ms: event time, ms since 1970 UTC, (N,) int64.
         value: (N,) float64; NaN says that the value is missing.
         row: the record of the batch that the point came in, (N,) int64, never falling.
+        feature: which metric of an entity the value is, (N,) int32; 0 for a KPI.
     """
 
     slot: Int32Array
     timestamp_ms: Int64Array
     value: Float64Array
     row: Int64Array
+    feature: Int32Array
 
     def __len__(self) -> int:
         return len(self.slot)
@@ -95,9 +136,15 @@ class Columns:
 
     @classmethod
     def of(
-        cls, slot: npt.ArrayLike, timestamp_ms: npt.ArrayLike, value: npt.ArrayLike, row: npt.ArrayLike | None = None
+        cls,
+        slot: npt.ArrayLike,
+        timestamp_ms: npt.ArrayLike,
+        value: npt.ArrayLike,
+        row: npt.ArrayLike | None = None,
+        feature: npt.ArrayLike | None = None,
     ) -> Self:
-        """Return columns from anything array-like; `row` counts from 0 where it is not given."""
+        """Return columns from anything array-like; `row` counts from 0 and `feature` is 0 where they are not given."""
         slots = np.asarray(slot, np.int32)
         rows = np.arange(len(slots), dtype=np.int64) if row is None else np.asarray(row, np.int64)
-        return cls(slots, np.asarray(timestamp_ms, np.int64), np.asarray(value, np.float64), rows)
+        features = np.zeros(len(slots), np.int32) if feature is None else np.asarray(feature, np.int32)
+        return cls(slots, np.asarray(timestamp_ms, np.int64), np.asarray(value, np.float64), rows, features)

@@ -2,8 +2,10 @@
 
 A point is ``{"kpi": "checkout.latency_p99", "timestamp": 1469376000, "value": 0.84}``: the timestamp in seconds or
 milliseconds since 1970 or as ISO 8601 (no zone means UTC), the value a number or null (missing). An entity,
-``{"entity": "machine-1-6", "timestamp": …, "values": {"cpu": 0.3, …}}``, is watched metric by metric, as the series
-``machine-1-6.cpu`` and so on. A record that has a `kpi` is a point, whatever else it holds.
+``{"entity": "machine-1-6", "timestamp": …, "values": {"cpu": 0.3, …}}``, sends its metrics together, in parts, or one
+by one (``"metric": "cpu", "value": 0.3``). Where a model of several features watches it, it is one series; metrics that
+the model does not know are left out. Else it is watched metric by metric, as the series ``machine-1-6.cpu`` and so on.
+A record that has a `kpi` is a point, whatever else it holds.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ TIMESTAMP_MAX_MS = 7_258_118_400_000  # 2200-01-01: beyond it the unit is wrong 
 RECORD_BYTES_MAX = 65_536
 
 Reason = Literal["empty", "too_large", "not_utf8", "not_json", "wrong_type", "bad_name", "bad_timestamp", "bad_value",
-                 "in_the_future", "too_late"]  # fmt: skip
+                 "in_the_future", "too_late", "wrong_shape"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Point(msgspec.Struct, gc=False):
     value: float | msgspec.UnsetType | None = msgspec.UNSET
     entity: str | None = None
     values: dict[str, float | None] | None = None
+    metric: str | None = None
 
 
 _decode = msgspec.json.Decoder(Point).decode
@@ -155,48 +158,81 @@ def _columns(
         return _columns_one_by_one(points, row, index, rejects, arrivals)
     # Last: a record that is refused must not make a series.
     slots = np.array([index[p.kpi] for p in points], np.int32)  # type: ignore[index]  # None -> -1
-    if (slots < 0).any():
+    if (slots < 0).any() or (index.entities and any(slot in index.entities for slot in np.unique(slots).tolist())):
         return _columns_one_by_one(points, row, index, rejects, arrivals)
-    return Columns(slots, timestamps, values, row)
+    return Columns(slots, timestamps, values, row, np.zeros(len(row), np.int32))
 
 
 def _columns_one_by_one(
     points: list[Point], rows: Int64Array, index: SeriesIndex, rejects: list[Reject], arrivals: _Arrivals
 ) -> Columns:
     """Do what the column path does for a batch that holds something unusual: entities, ISO times, bad points."""
-    good: list[tuple[int, int, float, int]] = []
+    good: list[tuple[int, int, float, int, int]] = []
     for point, row in zip(points, rows.tolist(), strict=True):
         try:
             timestamp = _timestamp_ms(point.timestamp)
-            named = _named_values(point)
-            for name, value in named:  # an entity is taken whole or not at all
-                if problem := name_problem(name):
-                    raise _Refusal("bad_name", problem)
-                if value is not None and abs(value) > VALUE_MAX:
-                    raise _Refusal("bad_value", f"the value {value} is beyond ±{VALUE_MAX:g}")
             if ahead_ms := int(arrivals.ahead(np.int64(timestamp), row)):
                 limit = f"the limit is {arrivals.limit_ms / 1000:g} s"
                 raise _Refusal(
                     "in_the_future", f"the timestamp lies {ahead_ms / 1000:g} s ahead of its arrival, {limit}"
                 )
+            # An entity is taken whole or not at all.
+            taken = _kpi(point, index) if point.kpi is not None or point.entity is None else _entity(point, index)
         except _Refusal as refusal:
             rejects.append(Reject(row, refusal.reason, str(refusal)))
         else:
-            good += [(index[name], timestamp, math.nan if value is None else value, row) for name, value in named]
-    slot, timestamp_ms, value_, row_ = zip(*good, strict=True) if good else ((), (), (), ())
-    return Columns.of(slot, timestamp_ms, value_, row_)
+            good += [(slot, timestamp, value, row, feature) for slot, value, feature in taken]
+    slot, timestamp_ms, value_, row_, feature = zip(*good, strict=True) if good else ((), (), (), (), ())
+    return Columns.of(slot, timestamp_ms, value_, row_, feature)
 
 
-def _named_values(point: Point) -> list[tuple[str, float | None]]:
-    if point.kpi is None and point.entity is not None:
-        if not point.values:
-            raise _Refusal("wrong_type", "an entity record needs `values` (metric -> number)")
-        if problem := name_problem(point.entity):
-            raise _Refusal("bad_name", problem)
-        return [(f"{point.entity}.{metric}", value) for metric, value in point.values.items()]
+def _kpi(point: Point, index: SeriesIndex) -> list[tuple[int, float, int]]:
     if point.value is msgspec.UNSET:
         raise _Refusal("wrong_type", "Object missing required field `value` (null says that it is missing)")
-    return [(point.kpi, point.value)]  # type: ignore[list-item]  # a None is refused as a name
+    if problem := name_problem(point.kpi):
+        raise _Refusal("bad_name", problem)
+    value, slot = _value(point.value), index[str(point.kpi)]
+    if slot in index.entities:
+        raise _Refusal("wrong_shape", f"{point.kpi!r} is an entity: its points need `entity` and `values`, not `kpi`")
+    return [(slot, value, 0)]
+
+
+def _entity(point: Point, index: SeriesIndex) -> list[tuple[int, float, int]]:
+    """Return the values of an entity record: (slot, value, feature) each."""
+    name, values = str(point.entity), point.values
+    if point.metric is not None and values is None and point.value is not msgspec.UNSET:
+        values = {point.metric: point.value}
+    if not values:
+        raise _Refusal("wrong_type", "an entity record needs `values` (metric -> number), or `metric` and `value`")
+    if problem := name_problem(name):
+        raise _Refusal("bad_name", problem)
+    numbers = {metric: _value(value) for metric, value in values.items()}
+    if (entity := index.entity(name)) is not None:
+        known = [
+            (entity.slot, x, entity.features[metric]) for metric, x in numbers.items() if metric in entity.features
+        ]
+        if not known:
+            raise _Refusal(
+                "wrong_shape",
+                f"none of the metrics {', '.join(list(numbers)[:5])} of entity {name!r} is known to its model, "
+                f"which knows {', '.join(list(entity.features)[:5])}, …",
+            )
+        return known
+    names = [f"{name}.{metric}" for metric in numbers]
+    for one in names:
+        if problem := name_problem(one):
+            raise _Refusal("bad_name", problem)
+        if index.get(one, -1) in index.entities:
+            raise _Refusal("wrong_shape", f"{one!r} is an entity of its own")
+    return [(index[one], x, 0) for one, x in zip(names, numbers.values(), strict=True)]
+
+
+def _value(value: float | msgspec.UnsetType | None) -> float:
+    if value is None or value is msgspec.UNSET:
+        return math.nan
+    if abs(value) > VALUE_MAX:
+        raise _Refusal("bad_value", f"the value {value} is beyond ±{VALUE_MAX:g}")
+    return value
 
 
 def _timestamp_ms(timestamp: int | float | str) -> int:
