@@ -43,6 +43,7 @@ from models.gpd import (
     SHAPE_MIN,
     Float64Array,
     IntArray,
+    TailFit,
     fit_gpd,
     outlier_limit,
     refit_gpd,
@@ -96,9 +97,9 @@ class PotConfig:
             raise ConfigError(f"q={self.q} must lie in (0, 1)")
         if not 0 < self.level < 1:
             raise ConfigError(f"level={self.level} must lie in (0, 1)")
-        if not self.q * _MIN_MASS_RATIO <= 1 - self.level:
+        if not self.q <= self.q_max:
             raise ConfigError(
-                f"q={self.q} must be at most (1 - level) / {_MIN_MASS_RATIO:g} = {(1 - self.level) / 4:.3g}: "
+                f"q={self.q} must be at most (1 - level) / {_MIN_MASS_RATIO:g} = {self.q_max:.12g}: "
                 "z_q has to lie well above t; lower q or the level"
             )
         if self.min_excess < _FEW:
@@ -116,6 +117,11 @@ class PotConfig:
             raise ConfigError(f"max_alarms={self.max_alarms} must lie in 0 ... 65535")
 
     @property
+    def q_max(self) -> float:
+        """Return the highest risk that a row may have, (1 - level) / 4 without what binary fractions add or take."""
+        return round((1 - self.level) / _MIN_MASS_RATIO, 15)
+
+    @property
     def n_full(self) -> int:
         """Scores at which the excesses of the level fill the ring, and t becomes final."""
         return int(np.ceil((self.max_excess - 1) / (1 - self.level) - 1e-6))
@@ -128,12 +134,13 @@ class Step:
     outcome: npt.NDArray[np.uint8]  # an Outcome
     threshold: Float64Array  # z_q in force when the score was judged; NaN while warming
     probability: Float64Array  # tail probability of the score, <= q exactly for an anomaly; 1.0 up to t; NaN warming
+    restarted: BoolArray  # this score was one alarm too many: the row calibrates anew from its next score
 
 
 class Spot:
     """The thresholds of many series: a structure of arrays, a row a series.
 
-    A row's results have the same bits whichever rows share its call. Memory is 8 max_excess + 87 bytes a row.
+    A row's results have the same bits whichever rows share its call. Memory is 8 max_excess + 119 bytes a row.
     """
 
     def __init__(self, config: PotConfig, capacity: int = 0) -> None:
@@ -151,7 +158,11 @@ class Spot:
             "t": ("<f8", np.inf),
             "shape": ("<f8", 0.0),
             "scale": ("<f8", 0.0),
-            "mass": ("<f8", 1.0),  # P(score > t)
+            "var_shape": ("<f8", 0.0),
+            "covariance": ("<f8", 0.0),
+            "var_log_scale": ("<f8", 0.0),
+            "share": ("<f8", 1.0),  # of excesses among the scores that are not anomalies, at the fit
+            "q": ("<f8", config.q),
             "z": ("<f8", np.inf),
             "low": ("<f4", np.inf),  # the lowest score until t is final: gives a width when the highest are all equal
             "peaks": (("<f4", (size,)), -np.inf),  # scores; in order of arrival until t is final
@@ -192,10 +203,35 @@ class Spot:
         self._bar = bar
 
     def reset(self, rows: IntArray) -> None:
-        """Make the rows fresh: they calibrate from nothing."""
+        """Make the rows fresh: they calibrate from nothing, at the risk of the config."""
         for name, (_, fresh) in self._fields.items():
             self._state[name][rows] = fresh
         self._bar[rows] = -np.inf
+
+    def copy_rows(self, source: IntArray, target: IntArray) -> None:
+        """Give the target rows the whole state of the source rows, (K,) each; no row is both."""
+        for array in self._state.values():
+            array[target] = array[source]
+        self._bar[target] = self._bar[source]
+
+    def set_risk(self, rows: IntArray, q: float | Float64Array) -> None:
+        """Give rows a risk of their own; the tail that they have fitted stays, z_q moves along it.
+
+        Args:
+            rows: without repeats, (K,).
+            q: one for all rows or one each, (K,).
+
+        Raises:
+            ValueError: a q lies outside (0, q_max]; no row has changed.
+        """
+        risk = np.broadcast_to(np.asarray(q, np.float64), np.shape(rows))
+        if not ((risk > 0) & (risk <= self.config.q_max)).all():
+            bad = risk[~((risk > 0) & (risk <= self.config.q_max))][0]
+            raise ValueError(f"risk q={bad} must lie in (0, {self.config.q_max:.12g}], which is (1 - level) / 4")
+        moved = risk != self._state["q"][rows]
+        rows = rows[moved]
+        self._state["q"][rows] = risk[moved]
+        self._set_z(rows[self._state["phase"][rows] > _CALIBRATING])
 
     def calibrate(self, row: int | IntArray, scores: npt.ArrayLike) -> None:
         """Give rows a threshold made of calibration scores; they judge from their next score on.
@@ -255,8 +291,10 @@ class Spot:
         else:
             one._set_bar(only)
         for name in self._fields:
-            self._state[name][rows] = one._state[name][0]
+            if name != "q":
+                self._state[name][rows] = one._state[name][0]
         self._bar[rows] = one._bar[0]
+        self._set_z(rows[self._state["phase"][rows] > _CALIBRATING])
 
     def step(self, rows: IntArray, scores: Float64Array, may_start: BoolArray) -> Step:
         """Judge one score of each row and learn from it.
@@ -309,8 +347,8 @@ class Spot:
         refit = excess & ~anomaly & ~again
         if refit.any():
             self._fit(rows[refit], _WARM_ITERATIONS)
-        self._count_alarms(rows, anomaly)
-        return Step(outcome, np.where(judged, z, np.nan), probability)
+        restarted = self._count_alarms(rows, anomaly)
+        return Step(outcome, np.where(judged, z, np.nan), probability, restarted)
 
     def pack(self, rows: IntArray) -> AnyArray:
         """Return the whole state of the rows, (K,) of `dtype`."""
@@ -330,15 +368,16 @@ class Spot:
                 f"packed threshold state is {packed.shape} of {packed.dtype.itemsize} bytes; expected {(len(rows),)} "
                 f"of {self._dtype.itemsize} (max_excess={self.config.max_excess}); rebuild from the log"
             )
-        _validate(packed, self.config.max_excess)
+        _validate(packed, self.config.max_excess, self.config.q_max)
         for name in self._fields:
             self._state[name][rows] = packed[name]
         self._set_bar(rows)
 
     def _probability(self, rows: IntArray, x: Float64Array, anomaly: BoolArray) -> Float64Array:
         """Return the tail probability of scores above t, <= q exactly for the anomalies in spite of rounding."""
-        s, q = self._state, self.config.q
-        t, shape, mass = s["t"][rows], s["shape"][rows], s["mass"][rows]
+        s = self._state
+        t, shape, q = s["t"][rows], s["shape"][rows], s["q"][rows]
+        mass = _tail_mass(s["share"][rows], q)
         unit = tail_quantile(q, peak_threshold=0.0, shape=shape, scale=1.0, mass=mass)
         # the scale at which the fitted tail meets z_q at q: z_q lies above the plain quantile, for doubt in the fit
         p = tail_probability(x, peak_threshold=t, shape=shape, scale=(s["z"][rows] - t) / unit, mass=mass)
@@ -484,21 +523,12 @@ class Spot:
             self._fit_chunk(rows[start : start + _CHUNK], iterations)
 
     def _fit_chunk(self, rows: IntArray, iterations: int) -> None:
-        s, q = self._state, self.config.q
+        s = self._state
+        excess, count, width = self._excesses(rows)
         t = s["t"][rows]
-        n_excess = s["n_excess"][rows]
-        peaks = s["peaks"][rows].astype(np.float64)
-        used = peaks > t[:, None]
-        excess = np.where(used, peaks - t[:, None], 0.0)
-        ceiling = np.where(used, s["ceilings"][rows].astype(np.float64) - t[:, None], np.inf)
-        count = used.sum(axis=-1)
-        top = excess.max(axis=-1)
-
-        some = count > 0
-        width = np.where(some, top, t - s["low"][rows])  # what to add above all that was seen
-        width = np.where(width > 0, width, np.abs(t) / 1024)  # all scores equal: their own size is the only unit
-        safe = np.where(width > 0, width, 1.0)
-        excess[~some, 0] = safe[~some]  # a stand-in, so that the fit is defined; z_q does not use it
+        ceiling = np.where(excess > 0, s["ceilings"][rows].astype(np.float64) - t[:, None], np.inf)
+        none = count == 0
+        excess[none, 0] = np.where(width > 0, width, 1.0)[none]  # a stand-in, so that the fit is defined
         mean = excess.sum(axis=-1) / np.maximum(count, 1)
         fit = refit_gpd(
             excess,
@@ -510,31 +540,63 @@ class Spot:
             shape_mean=_SHAPE_MEAN,
             shape_spread=_SHAPE_SPREAD,
         )
-        mass = (n_excess / s["n"][rows]) * (1 - q) + q  # alarms are not in n; they are q of all
-        mass = np.minimum(np.maximum(mass, _MIN_MASS_RATIO * q), 1.0)
-        hazard = np.log(mass / q)
-        doubt = fit.hazard_variance(hazard) + 1.0 / np.maximum(n_excess, 1)
+        for name, value in fit._asdict().items():
+            s[name][rows] = value
+        s["share"][rows] = s["n_excess"][rows] / s["n"][rows]
+        s["z"][rows] = self._quantile(rows, count, width)
+
+    def _set_z(self, rows: IntArray) -> None:
+        """Set z_q anew from the tail fitted last."""
+        for start in range(0, len(rows), _CHUNK):
+            part = rows[start : start + _CHUNK]
+            _, count, width = self._excesses(part)
+            self._state["z"][part] = self._quantile(part, count, width)
+
+    def _excesses(self, rows: IntArray) -> tuple[Float64Array, IntArray, Float64Array]:
+        """Return the excesses held, 0 where there is none, (K, M), their number and how far the scores reach, (K,)."""
+        s = self._state
+        t = s["t"][rows]
+        peaks = s["peaks"][rows].astype(np.float64)
+        excess = np.where(peaks > t[:, None], peaks - t[:, None], 0.0)
+        count = np.count_nonzero(excess, axis=-1)
+        width = np.where(count > 0, excess.max(axis=-1), t - s["low"][rows])
+        return excess, count, np.where(width > 0, width, np.abs(t) / 1024)  # all equal: their size is the only unit
+
+    def _quantile(self, rows: IntArray, count: IntArray, width: Float64Array) -> Float64Array:
+        """Return z_q, the predictive quantile of the tail fitted last."""
+        s = self._state
+        fit = TailFit(*(s[name][rows] for name in TailFit._fields))
+        q = s["q"][rows]
+        hazard = np.log(_tail_mass(s["share"][rows], q) / q)
+        doubt = fit.hazard_variance(hazard) + 1.0 / np.maximum(s["n_excess"][rows], 1)
         hazard = hazard + np.minimum(doubt / 2.0, hazard)
         reach = tail_quantile(np.exp(-hazard), peak_threshold=0.0, shape=fit.shape, scale=fit.scale, mass=1.0)
-        reach = np.where(count < _FEW, np.maximum(reach, top + width), reach)
-        s["shape"][rows] = fit.shape
-        s["scale"][rows] = fit.scale
-        s["mass"][rows] = mass
-        s["z"][rows] = t + np.where(some, reach, width)
+        reach = np.where(count < _FEW, np.maximum(reach, 2.0 * width), reach)
+        return np.asarray(s["t"][rows] + np.where(count > 0, reach, width), np.float64)
 
-    def _count_alarms(self, rows: IntArray, anomaly: BoolArray) -> None:
-        """Start a row anew when it has alarmed for so long that what alarms is the new normal."""
+    def _count_alarms(self, rows: IntArray, anomaly: BoolArray) -> BoolArray:
+        """Start a row anew when it has alarmed for so long that what alarms is the new normal; tell which."""
+        restarted = np.zeros(len(rows), np.bool_)
         if not self.config.max_alarms:
-            return
+            return restarted
         s = self._state
         alarms = s["alarms"][rows]
         if not (anomaly.any() or alarms.any()):
-            return
+            return restarted
         alarms = np.where(anomaly, alarms + 1, alarms - (alarms > 0)).astype(np.uint16)
         s["alarms"][rows] = alarms
-        stuck = alarms >= self.config.max_alarms
-        if stuck.any():
-            self.reset(rows[stuck])
+        restarted = alarms >= self.config.max_alarms
+        if restarted.any():
+            again = rows[restarted]
+            risk = s["q"][again]
+            self.reset(again)
+            s["q"][again] = risk
+        return restarted
+
+
+def _tail_mass(share: Float64Array, q: Float64Array) -> Float64Array:
+    """Return P(score > t): alarms are not in the share, and they are q of all."""
+    return np.asarray(np.minimum(np.maximum(share * (1 - q) + q, _MIN_MASS_RATIO * q), 1.0), np.float64)
 
 
 def _scrambled(size: int) -> IntArray:
@@ -542,7 +604,7 @@ def _scrambled(size: int) -> IntArray:
     return np.argsort((np.arange(size) * 0.6180339887498949) % 1.0, kind="stable")
 
 
-def _validate(packed: AnyArray, size: int) -> None:
+def _validate(packed: AnyArray, size: int, q_max: float) -> None:
     """Raise StateError, naming field and value, unless every row is one that `Spot` could have made."""
     f = {name: packed[name] for name in packed.dtype.names or ()}
     phase, held, n, n_excess, t, z = (f[name] for name in ("phase", "held", "n", "n_excess", "t", "z"))
@@ -563,7 +625,11 @@ def _validate(packed: AnyArray, size: int) -> None:
         ("z", np.where(fresh, z == np.inf, finite(z) & (z >= t))),
         ("shape", (f["shape"] >= SHAPE_MIN) & (f["shape"] <= SHAPE_MAX)),
         ("scale", finite(f["scale"]) & (f["scale"] >= 0)),
-        ("mass", (f["mass"] > 0) & (f["mass"] <= 1)),
+        ("var_shape", finite(f["var_shape"]) & (f["var_shape"] >= 0)),
+        ("covariance", finite(f["covariance"])),
+        ("var_log_scale", finite(f["var_log_scale"]) & (f["var_log_scale"] >= 0)),
+        ("share", (f["share"] >= 0) & (f["share"] <= 1)),
+        ("q", (f["q"] > 0) & (f["q"] <= q_max)),
         ("low", np.where(n == 0, f["low"] == np.inf, finite(f["low"]))),
         ("peaks", np.where(used, finite(peaks), peaks == -np.inf).all(axis=-1)),
         ("ceilings", np.where(used, ceilings >= peaks, ceilings == np.inf).all(axis=-1)),

@@ -66,6 +66,12 @@ def test_a_setting_out_of_bounds_is_refused_by_name_and_value(field: str, value:
         replace(PotConfig(), **{field: value})
 
 
+def test_the_highest_risk_is_free_of_rounding() -> None:
+    assert PotConfig(level=0.8, q=0.05).q_max == 0.05
+    with pytest.raises(ConfigError, match=r"q=0.0500001 must be at most \(1 - level\) / 4 = 0.05: "):
+        PotConfig(level=0.8, q=0.0500001)
+
+
 def test_memory_of_a_row_is_bounded() -> None:
     assert Spot(PotConfig()).dtype.itemsize <= 1200
 
@@ -248,6 +254,76 @@ def test_probability_and_outcome_say_the_same() -> None:
         assert (step.probability[step.outcome == Outcome.NORMAL] == 1.0).all()
 
 
+def test_rows_have_risks_of_their_own() -> None:
+    rng, rows = np.random.default_rng(8), np.arange(3)
+    spot, risks = Spot(PotConfig(), 3), np.array([1e-3, 1e-4, 5e-3])
+    spot.set_risk(rows, risks)
+    alike = [Spot(PotConfig(q=q), 1) for q in risks]
+    for x in rng.exponential(size=3000):
+        step = spot.step(rows, np.full(3, x), np.ones(3, np.bool_))
+        for i, one in enumerate(alike):
+            single = one.step(rows[:1], np.array([x]), np.ones(1, np.bool_))
+            assert np.array_equal(step.threshold[i], single.threshold[0], equal_nan=True)
+            assert np.array_equal(step.probability[i], single.probability[0], equal_nan=True)
+    for i, one in enumerate(alike):
+        assert spot.pack(rows[i : i + 1]).tobytes() == one.pack(rows[:1]).tobytes()
+
+
+def test_a_new_risk_moves_the_threshold_along_the_fitted_tail_and_back() -> None:
+    rows = np.arange(2)
+    spot = Spot(PotConfig(), 2)
+    spot.calibrate(rows, np.random.default_rng(0).exponential(size=5000))
+    before = spot.pack(rows)
+    spot.set_risk(rows[1:], 1e-3)
+    after = spot.pack(rows)
+    assert after[0].tobytes() == before[0].tobytes()
+    assert after["z"][1] == pytest.approx(-np.log(1e-3), rel=0.15)
+    direct = Spot(PotConfig(q=1e-3), 1)
+    direct.calibrate(0, np.random.default_rng(0).exponential(size=5000))
+    assert direct.pack(rows[:1]).tobytes() == after[1:].tobytes()
+    spot.set_risk(rows, 1e-4)
+    assert spot.pack(rows).tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("q", [0.0, -1e-3, 0.0051, np.nan])
+def test_a_risk_out_of_bounds_is_refused(q: float) -> None:
+    spot, rows = Spot(PotConfig(), 2), np.arange(2)
+    with pytest.raises(ValueError, match=r"risk q=\S+ must lie in \(0, 0.005\]"):
+        spot.set_risk(rows, np.array([1e-3, q]))
+    assert (spot.pack(rows)["q"] == 1e-4).all()
+
+
+def test_calibrate_keeps_the_risks_of_the_rows() -> None:
+    spot, rows = Spot(PotConfig(), 3), np.arange(3)
+    spot.set_risk(rows, np.array([1e-3, 1e-4, 5e-3]))
+    spot.calibrate(rows, np.random.default_rng(0).exponential(size=5000))
+    packed = spot.pack(rows)
+    assert packed["q"].tolist() == [1e-3, 1e-4, 5e-3]
+    assert packed["z"][2] < packed["z"][0] < packed["z"][1]
+
+
+def test_a_restart_is_told_and_keeps_the_risk() -> None:
+    spot, rows = Spot(PotConfig(max_alarms=5), 3), np.arange(3)
+    spot.calibrate(rows[:2], np.random.default_rng(0).exponential(size=300))
+    spot.set_risk(rows, 2e-3)
+    restarted = [spot.step(rows, np.array([99.0, 1.0, 99.0]), np.ones(3, np.bool_)).restarted for _ in range(5)]
+    assert np.array_equal(restarted, [[i == 4, False, False] for i in range(5)])
+    assert spot.pack(rows)["q"].tolist() == [2e-3] * 3
+
+
+def test_copied_rows_go_on_as_their_sources() -> None:
+    rng = np.random.default_rng(2)
+    spot = Spot(PotConfig(q=1e-3), 4)
+    spot.calibrate(0, rng.exponential(size=300))
+    spot.calibrate(1, rng.exponential(size=7000))
+    spot.set_risk(np.array([1]), 2e-3)
+    spot.copy_rows(np.arange(2), np.array([3, 2]))
+    for x in rng.exponential(size=(3000, 2)):
+        spot.step(np.arange(4), np.r_[x, x[::-1]], np.ones(4, np.bool_))
+    packed = spot.pack(np.array([0, 1, 3, 2]))
+    assert packed[:2].tobytes() == packed[2:].tobytes()
+
+
 def test_reset_and_resize() -> None:
     spot = Spot(PotConfig(), 1)
     spot.calibrate(0, np.random.default_rng(0).exponential(size=300))
@@ -350,8 +426,13 @@ def test_a_restored_state_decides_as_the_one_saved() -> None:
         ("shape", np.nan),
         ("scale", -1.0),
         ("scale", np.inf),
-        ("mass", 0.0),
-        ("mass", np.nan),
+        ("share", -0.1),
+        ("share", np.nan),
+        ("var_shape", -1.0),
+        ("covariance", np.inf),
+        ("var_log_scale", np.nan),
+        ("q", 0.0),
+        ("q", 0.006),
         ("low", np.nan),
         ("peaks", np.nan),
         ("peaks", np.inf),
