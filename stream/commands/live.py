@@ -38,6 +38,18 @@ class Severity(StrEnum):
     CRITICAL = "critical"
 
 
+class Kind(StrEnum):
+    """Types of events, by their last word."""
+
+    OPENED = "opened"
+    UPDATED = "updated"
+    RESOLVED = "resolved"
+    CORRECTED = "corrected"
+    RETRACTED = "retracted"
+    SILENT = "silent"
+    RESUMED = "resumed"
+
+
 class Start(StrEnum):
     """Where a subscription begins."""
 
@@ -193,14 +205,27 @@ def replay(
 
 
 def subscribe(
-    kpi: Annotated[str, typer.Option(help="Glob that the KPI's name must match, e.g. 'checkout.*'.")] = "*",
-    min_severity: Annotated[Severity, typer.Option(help="Least severity.")] = Severity.WARNING,
+    kpi: Annotated[
+        list[str] | None, typer.Option(help="Glob that the KPI's name must match, e.g. 'checkout.*'; may be repeated.")
+    ] = None,
+    min_severity: Annotated[
+        Severity, typer.Option(help="Least severity; silent and resumed have none and pass.")
+    ] = Severity.WARNING,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Glob on the model, NAME or NAME@VERSION; may be repeated.")
+    ] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="Glob on the rule's label; may be repeated.")] = None,
+    kind: Annotated[list[Kind] | None, typer.Option("--type", help="Type of event; may be repeated.")] = None,
+    topic: Annotated[str | None, typer.Option(help="Topic to follow; none: the anomaly topic.")] = None,
     start: Annotated[
         Start, typer.Option("--from", help="Begin with new events, or with all that the topic holds.")
     ] = Start.LATEST,
     as_json: Json = False,
 ) -> None:
-    """Follow the anomaly topic, a line for each event."""
+    """Follow the anomaly topic, a line for each event.
+
+    All filters have to pass; of one that is repeated, one value has to match.
+    """
     from stream import render
     from stream.service import find_servers, set_up_logging
     from stream.subscribe import subscribe as follow
@@ -209,11 +234,19 @@ def subscribe(
     set_up_logging(settings.log_level)
 
     def on_ready() -> None:
-        say(f"following {settings.kafka.anomalies_topic} at {settings.kafka.bootstrap_servers}")
+        say(f"following {topic or settings.kafka.anomalies_topic} at {settings.kafka.bootstrap_servers}")
 
     async def run() -> None:
         async for event in follow(
-            settings.kafka, kpi=kpi, min_severity=min_severity.value, start=start.value, on_ready=on_ready
+            settings.kafka,
+            kpi=kpi or "*",
+            min_severity=min_severity.value,
+            model=model or "*",
+            rule=rule or "*",
+            types=[one.value for one in kind] if kind else None,
+            topic=topic,
+            start=start.value,
+            on_ready=on_ready,
         ):
             render.print_event(event, as_json=as_json)
 
