@@ -9,9 +9,17 @@ from stream.silence import NEVER, Changes, Kind, Silence
 
 SERIES = 4
 
-# (series, event time, Kafka time); both clocks run coarse, so that equal times, late points and leaps are all common
+# (series, event time, Kafka time, span from now on or -1 for that of before); both clocks run coarse, so that equal
+# times, late points and leaps are all common
+Point = tuple[int, int, int, int]
 points = st.lists(
-    st.tuples(st.integers(0, SERIES - 1), st.integers(0, 12) | st.integers(0, 60), st.integers(-1, 30)), max_size=40
+    st.tuples(
+        st.integers(0, SERIES - 1),
+        st.integers(0, 12) | st.integers(0, 60),
+        st.integers(-1, 30),
+        st.sampled_from([-1, -1, -1, -1, 0, 3, 8]),
+    ),
+    max_size=40,
 )
 spans = st.lists(st.sampled_from([0, 1, 2, 3, 5, 10]), min_size=SERIES, max_size=SERIES)
 
@@ -28,12 +36,16 @@ class Plain:
     silent: list[bool] = field(default_factory=lambda: [False] * SERIES)
     watermark: int = NEVER
 
-    def accept(self, x: int, t: int, arrived: int, row: int) -> list[Change]:
+    def accept(self, x: int, t: int, arrived: int, span: int, row: int) -> list[Change]:
         changes = []
         if self.awaited(x) and t > self.last[x] + self.span[x]:
             changes.append(self.fall(x, row))
-        if self.silent[x] and t > self.last[x]:
-            changes.append((Kind.RESUMED, x, row, self.last[x], t, self.span[x]))
+        before = self.span[x]
+        if span >= 0:
+            self.span[x] = span
+        up = self.span[x] == 0 or t + self.span[x] >= max(self.watermark, t)
+        if self.silent[x] and t > self.last[x] and up:
+            changes.append((Kind.RESUMED, x, row, self.last[x], t, before))
             self.silent[x] = False
         self.last[x] = max(self.last[x], t)
         self.arrived[x] = max(self.arrived[x], arrived)
@@ -72,10 +84,13 @@ def fresh(span: list[int]) -> Silence:
     return silence
 
 
-def accept(silence: Silence, batch: list[tuple[int, int, int]], first_row: int) -> list[Change]:
-    slot, time, arrived = np.array(batch, np.int64).reshape(-1, 3).T
+def accept(silence: Silence, batch: list[Point], first_row: int) -> list[Change]:
+    slot, time, arrived, span = np.array(batch, np.int64).reshape(-1, 4).T
+    spans = silence.span_ms.tolist()
+    for i, (x, after) in enumerate(zip(slot.tolist(), span.tolist(), strict=True)):
+        spans[x] = span[i] = spans[x] if after < 0 else after
     row = first_row + np.arange(len(batch))
-    return changes_of(silence.accept(slot.astype(np.int32), time, arrived, row))
+    return changes_of(silence.accept(slot.astype(np.int32), time, arrived, row, span))
 
 
 def assert_equal(silence: Silence, plain: Plain) -> None:
@@ -86,10 +101,8 @@ def assert_equal(silence: Silence, plain: Plain) -> None:
 
 
 @given(points, spans, st.lists(st.integers(0, 40), max_size=6))
-def test_any_cut_into_batches_equals_one_point_at_a_time(
-    batch: list[tuple[int, int, int]], span: list[int], cuts: list[int]
-) -> None:
-    silence, plain = fresh(span), Plain(span)
+def test_any_cut_into_batches_equals_one_point_at_a_time(batch: list[Point], span: list[int], cuts: list[int]) -> None:
+    silence, plain = fresh(span), Plain(list(span))
     edges = [0, *sorted(min(cut, len(batch)) for cut in cuts), len(batch)]
     found = []
     for begin, end in pairwise(edges):
@@ -104,7 +117,7 @@ intervals = st.tuples(st.integers(0, SERIES - 1), st.sampled_from([0, 1, 4, 20])
 
 @given(spans, st.lists(st.tuples(points, st.none() | st.integers(0, 60), st.none() | intervals), max_size=6))
 def test_batches_clocks_and_spans_that_become_known(
-    span: list[int], turns: list[tuple[list[tuple[int, int, int]], int | None, tuple[int, int] | None]]
+    span: list[int], turns: list[tuple[list[Point], int | None, tuple[int, int] | None]]
 ) -> None:
     silence, plain = fresh(span), Plain(list(span))
     row = 0
@@ -124,21 +137,18 @@ def test_batches_clocks_and_spans_that_become_known(
 
 
 @given(points, spans)
-def test_a_series_falls_silent_and_resumes_by_turns(batch: list[tuple[int, int, int]], span: list[int]) -> None:
+def test_a_series_falls_silent_and_resumes_by_turns(batch: list[Point], span: list[int]) -> None:
     silence = fresh(span)
     silent = [False] * SERIES
     for kind, x, row, last, time, _ in accept(silence, batch, 0):
         assert silent[x] == (kind == Kind.RESUMED)
-        assert span[x] > 0
-        assert last < time <= max(t for _, t, _ in batch[: row + 1])
+        assert last < time <= max(t for _, t, _, _ in batch[: row + 1])
         silent[x] = not silent[x]
     assert silence.silent.tolist() == silent
 
 
 @given(points, points, spans)
-def test_arrays_are_all_that_must_be_kept(
-    before: list[tuple[int, int, int]], after: list[tuple[int, int, int]], span: list[int]
-) -> None:
+def test_arrays_are_all_that_must_be_kept(before: list[Point], after: list[Point], span: list[int]) -> None:
     silence = fresh(span)
     accept(silence, before, 0)
     restored = Silence(SERIES)

@@ -18,7 +18,11 @@ def accept(silence: Silence, *points: tuple[int, int], arrived: int = -1, first_
     """Feed points (series, minute); return (kind, series, row, minute of the newest point, minute) of each change."""
     slot, minute = np.array(points, np.int64).reshape(-1, 2).T
     changes = silence.accept(
-        slot.astype(np.int32), T0 + minute * MINUTE, np.full(len(slot), arrived), first_row + np.arange(len(slot))
+        slot.astype(np.int32),
+        T0 + minute * MINUTE,
+        np.full(len(slot), arrived),
+        first_row + np.arange(len(slot)),
+        silence.span_ms[slot],
     )
     return told(changes)
 
@@ -96,14 +100,10 @@ def test_a_series_without_a_point_is_not_awaited() -> None:
     assert told(silence.clock(T0 * 2)) == []
 
 
-def test_a_series_that_lags_falls_silent_again_with_the_next_point_of_another() -> None:
+def test_a_series_that_lags_stays_silent_until_it_is_up_with_the_others() -> None:
     silence = series(5, 5)
-    points = ((1, 60), (0, 0), (0, 1), (0, 0), (1, 61), (0, 2), (0, 7), (1, 62))
-    assert accept(silence, *points) == [
-        (SILENT, 0, 4, 1, 6),
-        (RESUMED, 0, 5, 1, 2),
-        (SILENT, 0, 7, 7, 12),
-    ]
+    points = ((1, 60), (0, 0), (0, 1), (0, 0), (1, 61), (0, 2), (0, 7), (1, 62), (0, 56), (0, 57), (1, 62))
+    assert accept(silence, *points) == [(SILENT, 0, 4, 1, 6), (RESUMED, 0, 9, 56, 57)]
 
 
 def test_far_times_of_many_series_overflow_nothing() -> None:
@@ -111,9 +111,9 @@ def test_far_times_of_many_series_overflow_nothing() -> None:
     silence = Silence(size)
     silence.span_ms[:] = MINUTE
     slot, none = np.arange(size, dtype=np.int32), np.full(size, -1)
-    silence.accept(slot, np.zeros(size, np.int64), none, slot.astype(np.int64))
+    silence.accept(slot, np.zeros(size, np.int64), none, slot.astype(np.int64), silence.span_ms)
     far = np.full(2 * size, 2**60)
-    changes = silence.accept(np.tile(slot, 2), far, np.tile(none, 2), np.arange(2 * size))
+    changes = silence.accept(np.tile(slot, 2), far, np.tile(none, 2), np.arange(2 * size), np.full(2 * size, MINUTE))
     # The first point shows its own silence and, the watermark being there, that of all others.
     assert np.bincount(changes.kind).tolist() == [0, size, size]
     assert changes.slot[:2].tolist() == [0, 0]
@@ -173,5 +173,5 @@ def test_points_of_one_record_share_its_row(rows: list[int]) -> None:
     silence = series(5, 5, 5)
     accept(silence, (0, 0), (1, 0), (2, 0))
     time = T0 + np.array([9, 9, 9]) * MINUTE
-    changes = silence.accept(np.arange(3, dtype=np.int32), time, np.full(3, -1), np.array(rows))
+    changes = silence.accept(np.arange(3, dtype=np.int32), time, np.full(3, -1), np.array(rows), silence.span_ms)
     assert changes.row.tolist() == [rows[0]] * 4 + rows[1:]
