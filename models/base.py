@@ -38,11 +38,15 @@ class Forecaster(Protocol):
     def features(self) -> int:
         """F, the metrics of one point."""
 
+    @property
+    def neutral(self) -> Float64:
+        """What stands for a feature that has never been seen, (F,) float64: the middle of what the model knows."""
+
     def forecast(self, history: Float64, usual_step: Float64 | None = None, learned: Bool | None = None) -> Forecast:
         """Forecast the point after each window; history is (B, W, F) float64 without NaN, oldest point first.
 
         usual_step is the mean absolute change from point to point over each series' life, (B, F), if it is known;
-        learned says which points were observed and normal, (B, W), the others being completed.
+        learned says which values were observed and normal, (B, W, F), the others being completed.
         """
 
 

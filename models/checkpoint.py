@@ -91,6 +91,7 @@ class Checkpoint:
     calibration: NDArray[np.float32]
     interval_ms: int | None
     training: Training
+    metrics: tuple[str, ...] = ()  # names of the features of an entity's model, in order
 
     @property
     def ref(self) -> str:

@@ -235,6 +235,11 @@ class DeepAnT:
         return self.config.features
 
     @property
+    def neutral(self) -> Float64:
+        """What stands for a feature that has never been seen: the center of the training data, (F,) float64."""
+        return self.center
+
+    @property
     def parameters(self) -> int:
         """The number of weights."""
         return sum(math.prod(shape) for shape in self.config.shapes.values())
@@ -253,7 +258,7 @@ class DeepAnT:
                 NaN where it is not known yet; it makes scores steadier and free of a unit (see `local_spread`).
                 Used when scaling is "window"; a model with scaling "train" knows that of its training data.
                 Without any, the spread is 1 when scaling is "window" and the constant scale when it is "train".
-            learned: points that were observed and are normal, (B, W) bool; the others are completed, and their steps
+            learned: values that were observed and normal, (B, W, F) bool; the others are completed, and their steps
                 say nothing of how the series moves. None: all of them.
 
         Returns:
@@ -290,7 +295,7 @@ def local_spread(history: Float64, usual_step: Float64, learned: Bool | None = N
     Args:
         history: windows, (B, W, F) float64.
         usual_step: (B, F) float64, >= 0; NaN where it is not known yet: the window's own is taken.
-        learned: (B, W) bool; a step from or to a point that is not counts as a usual one. None: all are.
+        learned: (B, W, F) bool; a step from or to a value that is not counts as a usual one. None: all are.
 
     Returns:
         (B, F) float64, > 0, in the units of history.
@@ -300,7 +305,7 @@ def local_spread(history: Float64, usual_step: Float64, learned: Bool | None = N
     steps = np.abs(np.diff(x, axis=2))
     usual = np.where(np.isnan(usual_step), steps.mean(axis=2), usual_step)
     if learned is not None:
-        known = learned[:, None, 1:] & learned[:, None, :-1]
+        known = (learned[:, 1:] & learned[:, :-1]).transpose(0, 2, 1)
         steps = np.where(known, steps, usual[:, :, None])
     step = steps.mean(axis=2)
     usual = np.maximum(usual, floor)

@@ -299,7 +299,7 @@ def _calibrate(model: DeepAnT, corpus: _Corpus) -> NDArray[np.float32]:
     scores = []
     for some in _batches(targets, 4096):
         steps = corpus.usual_step[np.searchsorted(corpus.starts, some, side="right") - 1]
-        learned = corpus.observed[some[:, None] + np.arange(-model.window, 0)]
+        learned = corpus.observed[some[:, None] + np.arange(-model.window, 0)][:, :, None]  # as a whole, (B, W, 1)
         forecast = model.forecast(_histories(corpus, some, model.window), steps, learned)
         scores.append(score(corpus.points[some], forecast))
     largest = np.finfo(np.float32).max

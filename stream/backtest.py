@@ -16,8 +16,9 @@ from models.windows import TrainSeries
 from stream import grid
 from stream.columns import Columns, Int64Array
 from stream.csvfile import Points
-from stream.detector import Counts, Detector, Result, Scores
+from stream.detector import Counts, Detector, Result
 from stream.errors import InputError
+from stream.results import Scores
 from stream.sample import Sample
 
 BATCH_POINTS = 10_000
@@ -56,15 +57,19 @@ def prime(detector: Detector, points: Points, first: int) -> None:
         points: all of them.
         first: index of the first point that counts.
     """
-    config, cells = detector.config, 2 * detector.model.window  # twice: missing points, late ones
-    calibrated = detector.calibration is not None and len(detector.calibration) >= config.pot.min_scores
+    config, cells = detector.config, 2 * max(group.window for group in detector.groups)  # missing points, late ones
+    calibrated = all(
+        group.served.calibration is not None and len(group.served.calibration) >= config.pot.min_scores
+        for group in detector.groups
+    )
+    warmup_ms = int(detector.table.warmup_ms.max())
     taken = np.zeros(len(points.value), np.bool_)
     for k in range(len(points.names)):
         own = np.flatnonzero((points.kpi[:first] == k) & ~np.isnan(points.value[:first]))
         begin = len(own) - cells
         if not calibrated and len(own):
             time = points.timestamp_ms[own]
-            begin = min(begin, int(np.searchsorted(time, time[-1] - config.warmup_ms)) - cells)
+            begin = min(begin, int(np.searchsorted(time, time[-1] - warmup_ms)) - cells)
             begin = min(begin, len(own) - cells - config.pot.min_scores)
         taken[own[max(begin, 0) :]] = True
     if not taken.any():

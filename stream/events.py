@@ -21,6 +21,10 @@ SEVERITIES: tuple[SeverityName, ...] = ("warning", "major", "critical")  # risin
 TYPE_OPENED = "tocsin.anomaly.opened"
 TYPE_UPDATED = "tocsin.anomaly.updated"
 TYPE_RESOLVED = "tocsin.anomaly.resolved"
+TYPE_CORRECTED = "tocsin.anomaly.corrected"
+TYPE_RETRACTED = "tocsin.anomaly.retracted"
+TYPE_SILENT = "tocsin.kpi.silent"
+TYPE_RESUMED = "tocsin.kpi.resumed"
 
 CONTENT_TYPE = "application/cloudevents+json; charset=UTF-8"
 
@@ -32,22 +36,34 @@ class WindowInfo(msgspec.Struct, frozen=True):
     completed: int  # cells of it that were missing or flagged, and completed by the model
 
 
-class Peak(msgspec.Struct, frozen=True):
+class Peak(msgspec.Struct, frozen=True, omit_defaults=True):
     """The point of an incident that lay furthest beyond its threshold."""
 
     time: str
-    value: float
     ratio: float
+    value: float | None = None  # an entity has no single one
+
+
+class Feature(msgspec.Struct, frozen=True):
+    """One metric of an entity that took part in an anomaly, and its share in the squared score."""
+
+    metric: str
+    share: float
+    value: float
+    expected: float
+    lower: float
+    upper: float
 
 
 class EventData(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """What an anomaly event says.
 
     Attributes:
-        kpi: the series.
+        kpi: the series, a KPI or an entity.
         incident: id shared by all events of one incident.
         severity: the gravest so far.
-        value: the point that caused the event, `expected`, `lower` and `upper` what the model expected of it.
+        value: the point that caused the event, `expected`, `lower` and `upper` what the model expected of it; an entity
+            has `features` instead: the metrics that make up the score, the largest share first.
         score: how far the point is from what was expected; `threshold` the score above which a point is anomalous,
             `ratio` score / threshold, `probability` how probable so high a score is at a normal point.
         anomalies: anomalous points of the incident so far.
@@ -55,6 +71,10 @@ class EventData(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
         last_anomaly: event time of the latest anomalous point, on resolution.
         reason: why it was resolved: "recovered" (normal again) or "accepted" (it has lasted so long that it is
             taken for the new normal).
+        supersedes: id of the event that this one corrects or retracts, late points having proved it wrong.
+        health: of the threshold, when it is not in full health: "prior" (that of other KPIs, until the series has its
+            own), "degenerate" (its scores have no tail to fit) or "drifting" (it alarms far more often than it should).
+        rule: the rule that the series falls under, `labels` those of the rule.
     """
 
     kpi: str
@@ -63,19 +83,47 @@ class EventData(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     model: str
     opened: str
     anomalies: int
-    value: float
-    expected: float
-    lower: float
-    upper: float
     score: float
     threshold: float
     ratio: float
     probability: float
     window: WindowInfo
+    value: float | None = None
+    expected: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    features: list[Feature] = []
     reason: str = ""
     last_anomaly: str = ""
     duration_s: float = 0.0
     peak: Peak | None = None
+    supersedes: str = ""
+    health: str = ""
+    rule: str = ""
+    labels: dict[str, str] = {}
+
+
+class SilenceData(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What an event about a series that sends nothing says.
+
+    Attributes:
+        kpi: the series.
+        last_seen: event time of its newest point.
+        interval_s: its interval, `silent_after_s` how long it may send nothing.
+        basis: what showed the silence: "event_time" (newer points, of others or its own) or "wall_clock" (no points at
+            all have come; a replay of the same points cannot know of it).
+        silent_s: event time from the last point before the silence to the first one after it, on resumption.
+        rule: the rule that the series falls under, `labels` those of the rule.
+    """
+
+    kpi: str
+    last_seen: str
+    interval_s: float
+    silent_after_s: float
+    basis: Literal["event_time", "wall_clock"]
+    silent_s: float = 0.0
+    rule: str = ""
+    labels: dict[str, str] = {}
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -89,16 +137,38 @@ class Event(msgspec.Struct, frozen=True):
     time: str
     datacontenttype: str
     partitionkey: str
-    data: EventData
+    data: EventData | SilenceData
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 encode = msgspec.json.Encoder().encode
-decode = msgspec.json.Decoder(Event).decode
 
 
-def make_event(event_type: str, event_id: str, timestamp_ms: int, data: EventData, *, source: str = "tocsin") -> Event:
+class _Envelope(Event, frozen=True):
+    data: msgspec.Raw  # type: ignore[assignment]
+
+
+_decode_envelope = msgspec.json.Decoder(_Envelope).decode
+_decode_anomaly = msgspec.json.Decoder(EventData).decode
+_decode_silence = msgspec.json.Decoder(SilenceData).decode
+
+
+def decode(encoded: bytes | str) -> Event:
+    """Return the event that was encoded.
+
+    Raises:
+        msgspec.DecodeError: it is none.
+    """
+    envelope = _decode_envelope(encoded)
+    decode_data = _decode_silence if envelope.type in (TYPE_SILENT, TYPE_RESUMED) else _decode_anomaly
+    data: EventData | SilenceData = decode_data(envelope.data)
+    return Event(**{name: getattr(envelope, name) for name in Event.__struct_fields__ if name != "data"}, data=data)
+
+
+def make_event(
+    event_type: str, event_id: str, timestamp_ms: int, data: EventData | SilenceData, *, source: str = "tocsin"
+) -> Event:
     """Wrap the data of an event into its envelope."""
     return Event(
         specversion="1.0",
@@ -116,6 +186,11 @@ def make_event(event_type: str, event_id: str, timestamp_ms: int, data: EventDat
 def incident_id(series: str, opened_ms: int, model: str) -> int:
     """Return the id of the incident that opened in a series at a time under a model: 64 bits."""
     return int.from_bytes(hashlib.blake2b(f"{series}\0{opened_ms}\0{model}".encode(), digest_size=8).digest())
+
+
+def silence_id(series: str, last_seen_ms: int) -> str:
+    """Return the id of the silence of a series after a point: 64 bits, in hexadecimal."""
+    return hashlib.blake2b(f"{series}\0{last_seen_ms}\0silence".encode(), digest_size=8).hexdigest()
 
 
 def iso_time(timestamp_ms: int) -> str:

@@ -80,3 +80,21 @@ class Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]
     async def on_partitions_revoked(self, revoked: Sequence[TopicPartition]) -> None:
         """Let the partitions go."""
         await self._revoked(sorted(revoked))
+
+
+_CLOCK = "clock_ms="
+
+
+def clock_metadata(clock_ms: int) -> str:
+    """Return what is committed with an offset: the time up to which silence was judged."""
+    return f"{_CLOCK}{clock_ms}"
+
+
+async def committed_offset(consumer: AIOKafkaConsumer, at: TopicPartition) -> tuple[int | None, int]:
+    """Return the committed offset of a partition and the clock that was committed with it; None and 0 without one."""
+    # The public `committed` returns the offset alone, and the admin client would be one more connection a partition.
+    found = (await consumer._coordinator.fetch_committed_offsets([at])).get(at)
+    if found is None or found.offset < 0:
+        return None, 0
+    clock = found.metadata.removeprefix(_CLOCK)
+    return found.offset, int(clock) if clock.isdecimal() else 0

@@ -5,12 +5,14 @@ The order that makes the output exactly-once, whatever is killed when:
 2. `_settle` commits events, rejects and the offset behind them in one Kafka transaction.
 3. `_flush` writes the state as of an offset to the store, once that offset is settled, never before.
 4. `start`, after a crash or a move, restores the state, seeks to its offset, and goes through the records up to the
-   committed offset with outputs muted: they were published before.
+   committed offset with outputs muted: they were published before. The clock up to which silence had been judged by
+   then is the metadata of that offset; it is judged up to once more, muted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import bisect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +22,11 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, OffsetA
 from aiokafka.errors import KafkaError
 
 from stream import events, records, snapshot
-from stream.columns import BoolArray
+from stream.columns import BoolArray, Int32Array
 from stream.detector import Detector
 from stream.errors import BrokerError, StoreError
 from stream.events import Event
-from stream.kafka import REJECT_BYTES_MAX, transactional_producer
+from stream.kafka import REJECT_BYTES_MAX, clock_metadata, committed_offset, transactional_producer
 from stream.records import Reject
 from stream.settings import Settings
 from stream.store import Saved, Store
@@ -38,7 +40,7 @@ NOTHING = -1  # no offset: the store has no state of the partition
 class _Pending:
     """What has been computed and not settled."""
 
-    events: list[Event] = field(default_factory=list)
+    events: list[tuple[Event, tuple[str, ...]]] = field(default_factory=list)  # with the further topics of each
     rejects: list[tuple[Reject, ConsumerRecord]] = field(default_factory=list)
 
 
@@ -56,6 +58,7 @@ class Partition:
         self.muted_until = 0  # what came of records before this offset is already published
         self.settled = 0  # the committed offset
         self.flushed = NOTHING  # the offset that the store's state belongs to
+        self.clock_ms = 0  # up to which silence has been judged by the clock
         self.published = 0
         self.rejected = 0
         self._producer: AIOKafkaProducer | None = None
@@ -85,7 +88,7 @@ class Partition:
         # read after it is final.
         self._producer = transactional_producer(self.settings.kafka, self.at)
         await self._producer.start()
-        committed = await consumer.committed(self.at)
+        committed, self.clock_ms = await committed_offset(consumer, self.at)
         state = await self.store.load(self.settings.kafka.group, self.at.topic, self.at.partition)
         begin = (await consumer.beginning_offsets([self.at]))[self.at]
         wanted = begin
@@ -104,6 +107,8 @@ class Partition:
         if self.position > wanted:
             log.warning("%s: the log begins at %d, the state ends at %d: points are missing", self.at, begin, wanted)
         consumer.seek(self.at, self.position)
+        if self.position >= self.muted_until:
+            self._judge_muted()
         self._tasks = [
             asyncio.create_task(self._settle_loop(), name=f"settle {self.at}"),
             asyncio.create_task(self._flush_loop(), name=f"flush {self.at}"),
@@ -136,33 +141,75 @@ class Partition:
 
     def accept(self, batch: Sequence[ConsumerRecord]) -> None:
         """Take a batch in; what comes of it waits for the next transaction."""
+        muted = bisect.bisect_left(batch, self.muted_until, key=lambda record: record.offset)
+        if muted:
+            self._accept(batch[:muted], muted=True)
+            if self.position >= self.muted_until:
+                self._judge_muted()
+        if muted < len(batch):
+            self._accept(batch[muted:], muted=False)
+            self._work.set()
+
+    def _accept(self, batch: Sequence[ConsumerRecord], *, muted: bool) -> None:
+        arrival_ms = np.array([record.timestamp for record in batch], np.int64)
         columns, rejects = records.decode(
             [record.value for record in batch],
             self.detector.index,
-            arrival_ms=[record.timestamp for record in batch],
+            arrival_ms=arrival_ms.tolist(),
             future_limit_ms=round(self.settings.future_limit_s * 1000),
         )
-        result = self.detector.accept(columns)
+        result = self.detector.accept(columns, arrival_ms[columns.row])
+        self._touch(columns.slot)
+        self.position = batch[-1].offset + 1
+        if muted:
+            return
+        self._say(result.events)
+        self._pending.rejects += [(reject, batch[reject.row]) for reject in rejects + result.rejects]
+
+    def _say(self, said: Sequence[Event]) -> None:
+        self._pending.events += [(event, self.detector.topics_of(event)) for event in said]
+
+    def _touch(self, slots: Int32Array) -> None:
+        """Note that the state of these series has changed."""
         if len(self._dirty) < self.detector.capacity:
             self._dirty = np.concatenate([self._dirty, np.zeros(self.detector.capacity - len(self._dirty), np.bool_)])
-        self._dirty[columns.slot] = True
-        self.position = batch[-1].offset + 1
-        for event, row in zip(result.events, result.event_rows, strict=True):
-            if batch[row].offset >= self.muted_until:
-                self._pending.events.append(event)
-        for reject in rejects + result.rejects:
-            if batch[reject.row].offset >= self.muted_until:
-                self._pending.rejects.append((reject, batch[reject.row]))
-        self._work.set()
+        self._dirty[slots] = True
+
+    def judge_silence(self, now_ms: int) -> None:
+        """Find out who is silent by the clock; all records that had arrived by then have been taken in."""
+        if self.position < self.muted_until or now_ms <= self.clock_ms:
+            return
+        self.clock_ms = now_ms
+        if said := self.detector.clock(now_ms):
+            self._touch(np.array([self.detector.index[event.subject] for event in said], np.int32))
+            self._say(said)
+            self._work.set()
+
+    def _judge_muted(self) -> None:
+        """Judge once more, muted, what was judged by the clock before the last commit."""
+        if said := self.detector.clock(self.clock_ms):
+            self._touch(np.array([self.detector.index[event.subject] for event in said], np.int32))
+
+    def change_detector(self, detector: Detector) -> None:
+        """Go on with another detector: the series keep their state as far as it fits."""
+        slots = np.arange(len(self.detector.index.names), dtype=np.int32)
+        restored = snapshot.unpack(detector, snapshot.pack(self.detector, slots))
+        for problem in restored.refused:
+            log.error("%s: %s; the series starts anew", self.at, problem)
+        if restored.recalibrating:
+            log.warning("%s: %d series calibrate anew: other model", self.at, restored.recalibrating)
+        detector.counts.add(self.detector.counts)
+        self.detector = detector
+        self._dirty = np.ones(detector.capacity, np.bool_)
 
     # -- outputs --------------------------------------------------------------------------------------------------
 
     async def _settle_loop(self) -> None:
         """Commit one transaction at a time, some time apart, while the next batches are computed."""
-        while not (self._stopping and self.position <= self.settled):
+        while not (self._stopping and self.position <= self.settled and not self._pending.events):
             await self._work.wait()
             self._work.clear()  # here, and not in `_settle`: what a muted stretch takes in is never settled
-            if self.position > self.settled:
+            if self.position > self.settled or self._pending.events:
                 self._settling = True
                 await self._settle()
                 self._settling = False
@@ -172,13 +219,14 @@ class Partition:
         """Commit all that is pending, and the offset behind it, in one transaction."""
         assert self._producer is not None
         kafka = self.settings.kafka
-        position, pending = self.position, self._pending
+        position, pending, clock = self.position, self._pending, clock_metadata(self.clock_ms)
         self._pending = _Pending()
         async with self._producer.transaction():
-            for event in pending.events:
-                key = event.subject.encode()
+            for event, further in pending.events:
+                key, value = event.subject.encode(), events.encode(event)
                 headers = [("content-type", events.CONTENT_TYPE.encode())]
-                await self._producer.send(kafka.anomalies_topic, events.encode(event), key=key, headers=headers)
+                for topic in dict.fromkeys((kafka.anomalies_topic, *further)):
+                    await self._producer.send(topic, value, key=key, headers=headers)
             for reject, record in pending.rejects:
                 await self._producer.send(
                     kafka.rejects_topic,
@@ -186,7 +234,7 @@ class Partition:
                     key=record.key,
                     headers=_reject_headers(reject, record),
                 )
-            await self._producer.send_offsets_to_transaction({self.at: OffsetAndMetadata(position, "")}, kafka.group)
+            await self._producer.send_offsets_to_transaction({self.at: OffsetAndMetadata(position, clock)}, kafka.group)
         self.published += len(pending.events)
         self.rejected += len(pending.rejects)
         async with self._settlement:
@@ -212,7 +260,8 @@ class Partition:
         offset, whole = self.position, self.flushed == NOTHING
         if offset == self.flushed:
             return
-        changed = np.arange(len(self.detector.index.names)) if whole else np.flatnonzero(self._dirty)
+        names = len(self.detector.index.names)
+        changed = np.arange(names) if whole else np.flatnonzero(self._dirty[:names])
         slots = changed.astype(np.int32)
         blobs = snapshot.pack(self.detector, slots)
         self._dirty[:] = False

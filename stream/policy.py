@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Protocol
 
 import numpy as np
@@ -61,10 +60,6 @@ class Rule:
     topics: tuple[str, ...] = ()  # further topics that its events are published to
     labels: Mapping[str, str] = field(default_factory=dict)  # copied into its events
     line: int = 0  # where it stands in its file
-
-    def matches(self, name: str) -> bool:
-        """Say whether a series of this name falls under the rule."""
-        return any(fnmatchcase(name, glob) for glob in self.match)
 
     def muted(self, timestamp_ms: Int64Array) -> BoolArray:
         """Say of each time whether a maintenance window is open."""

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from stream import events
 from stream.errors import TocsinError
-from stream.events import Event
+from stream.events import Event, EventData, SilenceData
 from stream.report import Segment, Summary
 
 
@@ -47,26 +47,50 @@ _MISSED = "missed"
 def event_line(event: Event) -> Text:
     """Return an event as one readable line."""
     data, what = event.data, event.type.rsplit(".", 1)[-1]
-    width = data.upper - data.lower
     line = Text()
     line.append(event.time.replace("T", " ").replace("Z", "  "))
-    line.append(f"{what:9}", "green" if what == "resolved" else "")
+    line.append(f"{what:10}", {"resolved": "green", "resumed": "green", "silent": "magenta"}.get(what, ""))
+    if isinstance(data, SilenceData):
+        line.append(f"{'':9}{data.kpi}  ")
+        last = data.last_seen.replace("T", " ").replace("Z", "")
+        if what == "resumed":
+            line.append(f"sends points again after {_duration(data.silent_s)}")
+        else:
+            line.append(f"no point for {_duration(data.silent_after_s)}, the last one at {last}")
+            line.append(", by the clock" if data.basis == "wall_clock" else "")
+        return line
     line.append(f"{data.severity:9}", _COLOUR[data.severity])
     line.append(f"{data.kpi}  ")
-    if what == "resolved":
+    if what == "retracted":
+        line.append("late points show that nothing was wrong")
+    elif data.reason:
         why = "back to normal" if data.reason == "recovered" else "accepted as the new normal"
         line.append(f"{why} after {_duration(data.duration_s)}, {counted(data.anomalies, 'anomalous point')}")
         if data.peak is not None:
-            line.append(f", worst {number(data.peak.value, width)} ({_ratio(data.peak.ratio)} × threshold)")
+            worst = "" if data.peak.value is None else f"{number(data.peak.value, _width(data))} "
+            line.append(f", worst {worst}({_ratio(data.peak.ratio)} × threshold)")
     else:
-        lower, expected, upper = (number(x, width) for x in (data.lower, data.expected, data.upper))
-        line.append(f"{number(data.value, width)}, expected {expected} ({lower} … {upper})")
-        line.append(
-            f", {_ratio(data.ratio)} × threshold, p {'<' if data.probability <= 1e-12 else '='} {data.probability:.2g}"
-        )
-        if data.window.completed:
-            line.append(f", {data.window.completed} of {data.window.cells} points completed")
+        line.append(_found(data))
+    if data.supersedes and what == "corrected":
+        line.append(f", in place of {data.supersedes}")
     return line
+
+
+def _width(data: EventData) -> float:
+    return 0.0 if data.upper is None or data.lower is None else data.upper - data.lower
+
+
+def _found(data: EventData) -> str:
+    """Return what was found and what had been expected."""
+    if data.value is None or data.expected is None or data.lower is None or data.upper is None:
+        found = ", ".join(f"{one.metric} {one.share:.0%}" for one in data.features)
+    else:
+        lower, expected, upper = (number(x, _width(data)) for x in (data.lower, data.expected, data.upper))
+        found = f"{number(data.value, _width(data))}, expected {expected} ({lower} … {upper})"
+    found += f", {_ratio(data.ratio)} × threshold, p {'<' if data.probability <= 1e-12 else '='} {data.probability:.2g}"
+    if data.window.completed:
+        found += f", {data.window.completed} of {data.window.cells} points completed"
+    return found
 
 
 def print_event(event: Event, *, as_json: bool, console: Console | None = None) -> None:
@@ -129,10 +153,11 @@ def summary_lines(summary: Summary) -> list[Text]:
         if len(summary.segments) > _SEGMENTS_SHOWN:
             lines.append(Text(f"… and {len(summary.segments) - _SEGMENTS_SHOWN:,} more"))
         lines.append(Text())
+    silences = f" and {counted(summary.silences, 'silence')}" if summary.silences else ""
     figures = [
         ["points", f"{summary.points:,} of {counted(summary.kpis, 'KPI')}, {summary.scored:,} scored"],
         ["missing points completed", f"{summary.missing_completed:,}"],
-        ["events", f"{summary.events:,} of {counted(summary.incidents, 'incident')}"],
+        ["events", f"{summary.events:,} of {counted(summary.incidents, 'incident')}" + silences],
     ]
     if summary.rejected:
         figures.insert(1, ["points rejected", f"{summary.rejected:,}"])

@@ -12,7 +12,7 @@ import numpy as np
 
 from stream.csvfile import Points
 from stream.detector import Counts
-from stream.events import TYPE_RESOLVED, Event, iso_time
+from stream.events import TYPE_CORRECTED, TYPE_RETRACTED, TYPE_SILENT, Event, EventData, iso_time
 
 
 class Segment(msgspec.Struct, frozen=True):
@@ -35,6 +35,7 @@ class Summary(msgspec.Struct, frozen=True):
     missing_completed: int
     events: int
     incidents: int
+    silences: int  # series that fell silent, each time
     segments: tuple[Segment, ...]
     caught: int
     false_alarms: int | None  # incidents outside all segments; None where nothing is labelled
@@ -104,6 +105,7 @@ def summarise(
         missing_completed=counts.completed,
         events=len(events),
         incidents=len(incidents),
+        silences=sum(event.type == TYPE_SILENT for event in events),
         segments=tuple(segments),
         caught=sum(segment.incident is not None for segment in segments),
         false_alarms=len(incidents) - len(true_alarms) if labelled else None,
@@ -118,10 +120,16 @@ def _incidents(events: Iterable[Event]) -> list[_Incident]:
     opened: dict[str, tuple[str, int]] = {}
     ended: dict[str, int] = {}
     for event in events:
+        if not isinstance(event.data, EventData):
+            continue
         opened.setdefault(event.data.incident, (event.data.kpi, _ms(event.data.opened)))  # its opening may be muted
-        if event.type == TYPE_RESOLVED:
+        if event.type == TYPE_RETRACTED:
+            del opened[event.data.incident]
+        elif event.data.reason:
             # The incident itself ended with its last anomalous point; what follows are the normal ones that prove it.
             ended[event.data.incident] = _ms(event.data.last_anomaly or event.time)
+        elif event.type == TYPE_CORRECTED:  # perhaps of an end that was none
+            ended.pop(event.data.incident, None)
     forever = np.iinfo(np.int64).max
     return [_Incident(i, kpi, at, ended.get(i, int(forever))) for i, (kpi, at) in opened.items()]
 

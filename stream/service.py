@@ -16,11 +16,14 @@ from pydantic import SecretStr
 
 from models import checkpoint as repository
 from models.checkpoint import Checkpoint
-from stream.columns import SeriesIndex
-from stream.detector import Detector, DetectorConfig
+from models.pot import PotConfig, Prior
+from stream.detector import Detector
 from stream.discovery import discover
 from stream.embedded import Servers, patch_aborted_transactions
 from stream.errors import CheckpointError, ConfigError
+from stream.reload import RulesFile
+from stream.results import Served
+from stream.ruleset import RuleSet
 from stream.settings import Settings
 from stream.store import Store
 from stream.topics import ensure_topics
@@ -107,12 +110,70 @@ def _is_there(where: list[Path], ref: str) -> bool:
     return version in found if version is not None else bool(found)
 
 
-def detector_factory(config: DetectorConfig, checkpoint: Checkpoint) -> Callable[[], Detector]:
-    """Return a function that makes a detector without series, one for each partition."""
-    calibration = np.asarray(checkpoint.calibration, np.float64) if checkpoint.calibrated else None
+def load_rules(settings: Settings) -> RuleSet:
+    """Return the rules that the settings name, or the one rule that they make.
+
+    Raises:
+        ConfigError: the file is wrong.
+    """
+    file = rules_file(settings)
+    return RuleSet.default(settings.policy()) if file is None else file.current
+
+
+def rules_file(settings: Settings) -> RulesFile | None:
+    """Return the rules file that the settings name, to be watched.
+
+    Raises:
+        ConfigError: it is wrong.
+    """
+    if not settings.rules:
+        return None
+    kafka = settings.kafka
+    own = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic)
+    return RulesFile(Path(settings.rules), settings.policy(), q_max=settings.pot.config().q_max, reserved_topics=own)
+
+
+def served(checkpoint: Checkpoint, pot: PotConfig) -> Served:
+    """Return a checkpoint as the core uses it."""
+    scores = np.asarray(checkpoint.calibration, np.float64)
+    own = checkpoint.calibrated
+    return Served(
+        checkpoint.ref,
+        checkpoint.model,
+        checkpoint.metrics,
+        calibration=scores if own else None,
+        prior=Prior.fit(scores, pot) if len(scores) and not own else None,
+    )
+
+
+def detector_factory(
+    settings: Settings, rules: RuleSet | None = None, checkpoint: Checkpoint | None = None
+) -> Callable[[], Detector]:
+    """Return a function that makes a detector without series, one for each partition.
+
+    Args:
+        settings: what is the same for all series.
+        rules: None: those that the settings name.
+        checkpoint: of rules that name none; None: that of the settings.
+
+    Raises:
+        ConfigError: a rule names a checkpoint that is not there.
+    """
+    rules = load_rules(settings) if rules is None else rules
+    config = settings.detector()
+    models: dict[str, Served] = {}
+    for rule in rules.rules:
+        if not rule.watch or rule.model in models:
+            continue
+        try:
+            found = checkpoint if checkpoint and not rule.model else load_checkpoint(settings, rule.model or None)
+        except (ConfigError, CheckpointError) as e:
+            where = f"{settings.rules}:{rule.line}: rule {rule.name!r}: model: " if rule.model else ""
+            raise type(e)(f"{where}{e}") from None
+        models[rule.model] = served(found, config.pot)
 
     def make() -> Detector:
-        return Detector(config, checkpoint.model, checkpoint.ref, calibration=calibration, index=SeriesIndex())
+        return Detector(config, rules.rules, [models[rule.model] if rule.watch else None for rule in rules.rules])
 
     return make
 
@@ -120,10 +181,13 @@ def detector_factory(config: DetectorConfig, checkpoint: Checkpoint) -> Callable
 def make_worker(settings: Settings) -> Worker:
     """Return a worker as the settings ask for it, not started."""
     use_one_thread()
-    checkpoint = load_checkpoint(settings)
-    log.info("checkpoint %s, window %d", checkpoint.ref, checkpoint.model.window)
+    file = rules_file(settings)
+
+    def detectors(rules: RuleSet | None) -> Callable[[], Detector]:
+        return detector_factory(settings, rules)
+
     store = Store(settings.redis.url.get_secret_value(), prefix=settings.redis.prefix)
-    return Worker(settings, detector_factory(settings.detector(), checkpoint), store)
+    return Worker(settings, detectors, store, file)
 
 
 async def serve(settings: Settings) -> None:

@@ -15,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from models.pot import PotConfig
-from stream.detector import DetectorConfig
 from stream.errors import ConfigError
-from stream.incidents import IncidentPolicy
+from stream.policy import HOUR_MS, Policy
+from stream.results import DetectorConfig
 
 PREFIX = "TOCSIN_"
+SILENT_AFTER = 30  # intervals: the window of the bundled model, which has nothing to go by after them
 RESERVED = "TOCSIN_TEST_"  # the tests' own variables
 
 
@@ -92,6 +93,14 @@ class Settings(BaseSettings):
         Path("checkpoints"), description="Model repository; the bundled one is searched after it."
     )
     interval_s: float = Field(0.0, ge=0, description="Grid step of every KPI, seconds; 0: inferred for each.")
+    rules: str = Field("", description="Rules file, YAML; empty: these settings are the one rule for all KPIs.")
+    rules_poll_s: float = Field(2.0, gt=0, description="How often the rules file is looked at for changes, seconds.")
+    lateness_s: float = Field(
+        0.0, ge=0, description="How late a point may come and still correct what was said, seconds."
+    )
+    silent_after: int = Field(
+        SILENT_AFTER, ge=0, description="Intervals without a point after which a KPI is silent; 0: never."
+    )
     warmup_h: float = Field(24.0, ge=0, description="Event time a new series is watched before it is judged, hours.")
     min_observed: float = Field(0.2, ge=0, le=1, description="Share of a window that must have arrived to be scored.")
     follow_ratio: float = Field(
@@ -120,15 +129,24 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     def detector(self) -> DetectorConfig:
-        """Return the part that the core needs."""
+        """Return what is the same for all series."""
         return DetectorConfig(
-            interval_ms=round(self.interval_s * 1000),
             pot=self.pot.config(),
-            incidents=IncidentPolicy(self.recover_after, round(self.accept_after_h * 3_600_000)),
-            warmup_ms=round(self.warmup_h * 3_600_000),
             min_observed=self.min_observed,
             follow_ratio=self.follow_ratio,
             source=self.source,
+        )
+
+    def policy(self) -> Policy:
+        """Return what a rule asks for where it says nothing else."""
+        return Policy(
+            interval_ms=round(self.interval_s * 1000),
+            q=self.pot.q,
+            lateness_ms=round(self.lateness_s * 1000),
+            silent_after=self.silent_after,
+            warmup_ms=round(self.warmup_h * HOUR_MS),
+            recover_after=self.recover_after,
+            accept_after_ms=round(self.accept_after_h * HOUR_MS),
         )
 
 

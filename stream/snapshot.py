@@ -1,45 +1,94 @@
 """The state of a series as bytes, and back: what the store keeps.
 
-A blob is a header (magic, version, kind, length, model, crc32 of its name and of all else) and a body. Kind "S" is a
-series with a grid: one packed little-endian record of fixed length, so that thousands are packed by columns at once.
-Kind "P" is a series whose interval is still being probed: its points. No blob can execute anything; a damaged one, or
-one of an unknown version, is refused by the name of its series.
+A blob is a header (magic, version, shape of the window, length, model, crc32 of its name and of all else) and a body:
+one packed little-endian record of fixed length, so that thousands are packed by columns at once, and behind it, in
+MessagePack, what only some series have: points that are held, cells that are open, what late points may still prove
+wrong. No blob can execute anything; a damaged one, or one of an unknown version, is refused by the name of its series.
 """
 
 from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
-from stream.columns import BoolArray, Columns, Int32Array, name_problem
-from stream.detector import NEVER, Detector
+from stream import events
+from stream.columns import AnyArray, BoolArray, Columns, Int32Array, Int64Array, name_problem
+from stream.detector import Detector
 from stream.errors import StateError
+from stream.group import NEVER, Group
 from stream.incidents import Incidents
+from stream.placing import NO_PHASE, Placing
+from stream.revision import Statement
+from stream.waiting import NONE as NOT_CLOSED
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"TK"
 _HEADER = np.dtype(
-    [("magic", "S2"), ("version", "u1"), ("kind", "S1"), ("length", "<u4"), ("model", "<u8"), ("crc32", "<u4")]
+    [
+        ("magic", "S2"),
+        ("version", "u1"),
+        ("kind", "S1"),
+        ("window", "<u4"),
+        ("features", "<u4"),
+        ("length", "<u4"),
+        ("model", "<u8"),
+        ("crc32", "<u4"),
+    ]
 )
-_POINT = np.dtype([("timestamp_ms", "<i8"), ("value", "<f8")])
+_WINDOW_FIELDS = ("newest", "filled", "origin", "seen", "actual", "step_mean", "steps")
+_RING_FIELDS = ("seen", "actual")
+_SILENCE_FIELDS = (("heard_ms", "last_ms"), ("arrived_ms", "arrived_ms"), ("silent", "silent"))
+
+_Point = tuple[int, float, int]  # event time, value, feature
 
 
-def model_id(detector: Detector) -> int:
+class _Revisable(msgspec.Struct, array_like=True, frozen=True):
+    """What a series that corrects its events keeps of the recent past."""
+
+    copied: tuple[int, int]  # the cells that the copies were taken before
+    copies: bytes  # their records
+    raw: bytes
+    stamp: bytes
+    published: list[tuple[int, str, str, bytes, bool, int]]
+    fills: list[tuple[int, int, float]]
+
+
+class _Tail(msgspec.Struct, array_like=True, frozen=True):
+    """What only some series have."""
+
+    held: list[_Point]
+    open: list[_Point]
+    revisable: _Revisable | None
+
+
+_encode_tail = msgspec.msgpack.Encoder().encode
+_decode_tail = msgspec.msgpack.Decoder(_Tail).decode
+
+
+def model_id(ref: str) -> int:
     """Return the number that a blob keeps of the model whose scores its threshold was built from."""
-    return int.from_bytes(hashlib.blake2b(detector.model_ref.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(ref.encode(), digest_size=8).digest(), "little")
 
 
-def row_dtype(detector: Detector) -> np.dtype[np.void]:
-    """Return the packed record of one series: grid, window, incident, threshold."""
-    w, f = detector.windows.window, detector.windows.features
+def row_dtype(group: Group, window: int | None = None) -> np.dtype[np.void]:
+    """Return the packed record of one series: grid, silence, window, incident, threshold."""
+    w, f = window or group.window, group.features
     return np.dtype(
         [
             ("interval_ms", "<i8"),
             ("phase_ms", "<i8"),
+            ("misfit", "<i4"),
+            ("backoff", "u1"),
+            ("probing", "u1"),
+            ("heard_ms", "<i8"),
+            ("arrived_ms", "<i8"),
+            ("silent", "u1"),
             ("first_score_ms", "<i8"),
             ("newest", "<i8"),
             ("filled", "<i4"),
@@ -47,70 +96,105 @@ def row_dtype(detector: Detector) -> np.dtype[np.void]:
             ("seen", "<f4", (w, f)),
             ("actual", "<f4", (w, f)),
             ("step_mean", "<f8", (f,)),
-            ("steps", "<i4"),
-            ("learned", "u1", ((w + 7) // 8,)),
-            ("state", "u1"),
-            ("id", "<u8"),
-            ("severity", "u1"),
-            ("opened_ms", "<i8"),
-            ("last_ms", "<i8"),
-            ("normal_run", "<i4"),
-            ("anomalies", "<i4"),
-            ("peak_ratio", "<f8"),
-            ("peak_ms", "<i8"),
-            ("peak_value", "<f8"),
-            ("threshold", detector.threshold.dtype),
+            ("steps", "<i4", (f,)),
+            ("learned", "u1", ((w * f + 7) // 8,)),
+            *((name, getattr(group.incidents, name).dtype.newbyteorder("<")) for name in Incidents.ARRAYS),
+            ("threshold", group.threshold.dtype),
         ]
     )
 
 
-def _fields(detector: Detector) -> tuple[tuple[object, tuple[str, ...]], ...]:
-    """Return which arrays of which part are copied into the record as they are."""
-    return (
-        (detector, ("interval_ms", "phase_ms", "first_score_ms")),
-        (detector.windows, ("newest", "filled", "origin", "seen", "actual", "step_mean", "steps")),
-        (detector.incidents, Incidents.ARRAYS),
-    )
+# -- to bytes ---------------------------------------------------------------------------------------------------------
 
 
 def pack(detector: Detector, slots: Int32Array) -> dict[bytes, bytes]:
-    """Return the blobs of these series by name; a series of which nothing is known yet has none."""
+    """Return the blobs of these series by name; a series that has sent nothing yet has none."""
     blobs: dict[bytes, bytes] = {}
-    known = slots[detector.windows.filled[slots] > 0]
-    if len(known):
-        rows = np.zeros(len(known), row_dtype(detector))
-        for part, fields in _fields(detector):
-            for name in fields:
-                rows[name] = getattr(part, name)[known]
-        rows["learned"] = np.packbits(detector.windows.learned[known], axis=1)
-        rows["threshold"] = detector.threshold.pack(known)
-        body, size = rows.tobytes(), rows.dtype.itemsize
-        names_ = detector.names(known.tolist())
-        blobs.update(_wrap(detector, b"S", names_, (body[i : i + size] for i in range(0, len(body), size))))
-    held = detector.held.take(np.isin(detector.held.slot, slots))
-    for slot in np.unique(held.slot).tolist():
-        own = held.take(held.slot == slot)
-        points = np.zeros(len(own), _POINT)
-        points["timestamp_ms"], points["value"] = own.timestamp_ms, own.value
-        blobs.update(_wrap(detector, b"P", detector.names([slot]), [points.tobytes()]))
+    slots = slots[detector.watched(slots)]
+    slots = slots[detector.silence.last_ms[slots] != NEVER]
+    for number, group in enumerate(detector.groups):
+        own = slots[detector.group_of[slots] == number]
+        if not len(own):
+            continue
+        at = detector.row_of[own].astype(np.int32)
+        rows = _records(group, at)
+        for name, array in _SILENCE_FIELDS:
+            rows[name] = getattr(detector.silence, array)[own]
+        tails = _tails(group, at)
+        header = np.zeros((), _HEADER)
+        header["magic"], header["version"], header["kind"] = _MAGIC, VERSION, b"S"
+        header["window"], header["features"] = group.window, group.features
+        header["model"] = model_id(group.served.ref)
+        packed, size = rows.tobytes(), rows.dtype.itemsize
+        for i, (name_, slot) in enumerate(zip(detector.names(own.tolist()), at.tolist(), strict=True)):
+            field, body = name_.encode(), packed[i * size : (i + 1) * size] + tails.get(slot, b"")
+            header["length"], header["crc32"] = len(body), 0
+            header["crc32"] = _checksum(field, header.tobytes(), body)
+            blobs[field] = header.tobytes() + body
     return blobs
 
 
-def _wrap(
-    detector: Detector, kind: bytes, names: Sequence[str], bodies: Iterable[bytes]
-) -> Iterable[tuple[bytes, bytes]]:
-    header = np.zeros((), _HEADER)
-    header["magic"], header["version"], header["kind"], header["model"] = _MAGIC, VERSION, kind, model_id(detector)
-    for name, body in zip(names, bodies, strict=True):
-        field = name.encode()
-        header["length"], header["crc32"] = len(body), 0
-        header["crc32"] = _checksum(field, header.tobytes(), body)
-        yield field, header.tobytes() + body
+def _records(group: Group, at: Int32Array) -> AnyArray:
+    """Return the records of these rows, without what the detector knows of them."""
+    rows = np.zeros(len(at), row_dtype(group))
+    for part, fields in (
+        (group.placing, Placing.ARRAYS),
+        (group, ("first_score_ms",)),
+        (group.windows, _WINDOW_FIELDS),
+        (group.incidents, Incidents.ARRAYS),
+    ):
+        for name in fields:
+            rows[name] = getattr(part, name)[at]
+    rows["learned"] = np.packbits(group.windows.learned[at].reshape(len(at), -1), axis=1)
+    rows["threshold"] = group.threshold.pack(at)
+    return rows
+
+
+def _tails(group: Group, at: Int32Array) -> dict[int, bytes]:
+    """Return what only some of these rows have, by row."""
+    held: dict[int, list[_Point]] = defaultdict(list)
+    points = group.placing.held.take(np.isin(group.placing.held.slot, at))
+    for slot, *point in zip(*(a.tolist() for a in _triple(points)), strict=True):
+        held[slot].append((point[0], point[1], point[2]))
+    wait = at[group.placing.waiting[at]]
+    waiting = wait[(group.waiting.cell[wait] != NOT_CLOSED).any(axis=1)]
+    corrects = at[group.corrects[at]]
+    tails = {}
+    for slot in {*held, *waiting.tolist(), *corrects.tolist()}:
+        open_points = group.waiting.open_points(slot) if group.placing.waiting[slot] else Columns.empty()
+        opened = [(t, v, f) for _, t, v, f in zip(*(a.tolist() for a in _triple(open_points)), strict=True)]
+        revisable = _revisable(group, slot) if group.corrects[slot] else None
+        tails[slot] = _encode_tail(_Tail(held.get(slot, []), opened, revisable))
+    return tails
+
+
+def _triple(points: Columns) -> tuple[AnyArray, ...]:
+    return points.slot, points.timestamp_ms, points.value, points.feature
+
+
+def _revisable(group: Group, slot: int) -> _Revisable:
+    copies = _records(group, np.array([slot + 1, slot + 2], np.int32))
+    published = [
+        (one.cell, one.plain, one.published, events.encode(one.event), one.live, one.versions)
+        for one in group.published.get(slot, [])
+    ]
+    latest, oldest = group.copied[slot].tolist()
+    return _Revisable(
+        (latest, oldest),
+        copies.tobytes(),
+        group.raw[slot].astype("<f8").tobytes(),
+        group.stamp[slot].astype("<i8").tobytes(),
+        published,
+        group.fills.get(slot, []),
+    )
 
 
 def _checksum(field: bytes, header: bytes, body: bytes) -> int:
     """Return the crc32 of a blob without the checksum itself, which ends the header, under the name of its series."""
     return zlib.crc32(body, zlib.crc32(header[:-4], zlib.crc32(field)))
+
+
+# -- and back ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,101 +206,192 @@ class Restored:
     refused: list[StateError]  # each names its series; such a series starts anew
 
 
-def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
-    """Put the series of a partition into a detector that has none of them yet.
+@dataclass(frozen=True, slots=True)
+class _Blob:
+    name: str
+    slot: int
+    model: int
+    record: bytes
+    tail: _Tail | None
 
-    A blob that is damaged or of an unknown version is refused by itself; the other series go on.
+
+def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
+    """Restore series into a detector that has none of them yet.
+
+    A series whose window had another length keeps the newest part of it, one whose rule asks for another interval
+    begins a new window, one that no rule watches any more is left out.
     """
-    dtype = row_dtype(detector)
-    names: list[str] = []
-    bodies: list[bytes] = []
-    models: list[int] = []
     refused: list[StateError] = []
-    points: list[Columns] = []
+    sorts: dict[tuple[int, int], list[_Blob]] = defaultdict(list)  # by group and window
+    opened: list[tuple[str, int, AnyArray, bytes]] = []
     for field, blob in blobs.items():
         name = field.decode("utf-8", "replace")
         try:
-            kind, model, body = _open(field, blob)
+            header, body = _open(field, blob)
             if problem := name_problem(name):
                 raise StateError(f"state of {name!r}: {problem}")
-            if kind == b"P":
-                if not detector.config.interval_ms:  # else there is nothing left to probe for
-                    points.append(_open_points(detector, name, body))
-            elif len(body) != dtype.itemsize:
-                raise StateError(
-                    f"state of {name!r}: {len(body)} bytes, but a window of {detector.windows.window} needs "
-                    f"{dtype.itemsize}; the model's window or the threshold's ring was changed"
-                )
-            elif detector.config.interval_ms not in (0, interval := int(np.frombuffer(body, dtype)["interval_ms"][0])):
-                raise StateError(
-                    f"state of {name!r}: its grid of {interval / 1000:g} s is not the configured one of "
-                    f"{detector.config.interval_ms / 1000:g} s"
-                )
+            if int(header["features"]) > 1:
+                entity = detector.index.entity(name)
+                slot = -1 if entity is None else entity.slot
             else:
-                names.append(name)
-                bodies.append(body)
-                models.append(model)
+                slot = detector.index[name]
+            opened.append((name, slot, header, body))
         except StateError as e:
             refused.append(e)
-    slots = np.array([detector.index[name] for name in names], np.int32)
-    detector.make_room(len(detector.index.names))
-    recalibrating = 0
-    if len(slots):
-        rows = np.frombuffer(b"".join(bodies), dtype)
-        same = np.array(models, np.uint64) == np.uint64(model_id(detector))
-        recalibrating = int((~same).sum())
-        refused += _put(detector, slots, rows, same, names)
-    if points:
-        detector.held = Columns.concatenate(points)
-    return Restored(len(slots) + len(points), recalibrating, refused)
+    detector.admit()
+    for name, slot, header, body in opened:
+        number = int(detector.group_of[slot]) if slot >= 0 else -1
+        if number < 0 and int(header["features"]) == 1:
+            continue
+        try:
+            group = detector.groups[number]
+            if number < 0 or group.features != int(header["features"]):
+                raise StateError(
+                    f"state of {name!r}: it has {header['features']} features; the model of its rule takes others"
+                )
+            sorts[number, int(header["window"])].append(_cut(name, slot, group, header, body))
+        except StateError as e:
+            refused.append(e)
+    series = recalibrating = 0
+    for (number, window), some in sorts.items():
+        other, problems = _restore(detector, detector.groups[number], window, some)
+        series += len(some)
+        recalibrating += other
+        refused += problems
+    return Restored(series, recalibrating, refused)
 
 
-def _open(field: bytes, blob: bytes) -> tuple[bytes, int, bytes]:
+def _open(field: bytes, blob: bytes) -> tuple[AnyArray, bytes]:
     name = field.decode("utf-8", "replace")
+    if len(blob) >= 3 and blob[:2] == _MAGIC and blob[2] != VERSION:
+        raise StateError(f"state of {name!r}: version {blob[2]} is unknown, this program reads {VERSION}")
     if len(blob) < _HEADER.itemsize:
         raise StateError(f"state of {name!r}: {len(blob)} bytes are too few for a header")
     header = np.frombuffer(blob[: _HEADER.itemsize], _HEADER)[0]
     body = blob[_HEADER.itemsize :]
     if header["magic"] != _MAGIC:
         raise StateError(f"state of {name!r}: this is no state of Tocsin (it starts with {blob[:2]!r})")
-    if header["version"] != VERSION:
-        raise StateError(f"state of {name!r}: version {header['version']} is unknown, this program reads {VERSION}")
-    if header["kind"] not in (b"S", b"P"):
+    if header["kind"] != b"S":
         raise StateError(f"state of {name!r}: kind {bytes(header['kind'])!r} is unknown")
     if header["length"] != len(body) or header["crc32"] != _checksum(field, blob[: _HEADER.itemsize], body):
         raise StateError(f"state of {name!r}: damaged (length or checksum is wrong)")
-    return bytes(header["kind"]), int(header["model"]), body
+    return header, body
 
 
-def _open_points(detector: Detector, name: str, body: bytes) -> Columns:
-    if len(body) % _POINT.itemsize:
-        raise StateError(f"state of {name!r}: {len(body)} bytes are no whole number of points")
-    points = np.frombuffer(body, _POINT)
-    slot = detector.index[name]
-    return Columns.of(np.full(len(points), slot), points["timestamp_ms"], points["value"], np.full(len(points), -1))
+def _cut(name: str, slot: int, group: Group, header: AnyArray, body: bytes) -> _Blob:
+    """Tell the record from what stands behind it."""
+    size = row_dtype(group, int(header["window"])).itemsize
+    if len(body) < size:
+        raise StateError(
+            f"state of {name!r}: {len(body)} bytes, but a window of {header['window']} needs {size}; "
+            "the threshold's ring was changed"
+        )
+    tail = None
+    if len(body) > size:
+        try:
+            tail = _decode_tail(body[size:])
+        except msgspec.MsgspecError:
+            raise StateError(
+                f"state of {name!r}: {len(body) - size} bytes too many for a window of {header['window']}; "
+                "the threshold's ring was changed"
+            ) from None
+    return _Blob(name, slot, int(header["model"]), body[:size], tail)
 
 
-def _put(
-    detector: Detector,
-    slots: Int32Array,
-    rows: np.ndarray[tuple[int], np.dtype[np.void]],
-    same_model: BoolArray,
-    names: Sequence[str],
-) -> list[StateError]:
-    """Write the rows into the arrays; return the complaints about single thresholds, which stay as new ones."""
+def _restore(detector: Detector, group: Group, window: int, blobs: list[_Blob]) -> tuple[int, list[StateError]]:
+    """Restore series of one group and one length of window; return how many calibrate anew, and complaints."""
+    slots = np.array([one.slot for one in blobs], np.int32)
+    at = detector.row_of[slots].astype(np.int32)
+    rows = np.frombuffer(b"".join(one.record for one in blobs), row_dtype(group, window))
+    same = np.array([one.model for one in blobs], np.uint64) == np.uint64(model_id(group.served.ref))
+    for name, array in _SILENCE_FIELDS:
+        getattr(detector.silence, array)[slots] = rows[name]
+    for name in Placing.ARRAYS:
+        getattr(group.placing, name)[at] = rows[name]
+    refused = _put(group, at, _fitted(group, rows, window), same, [one.name for one in blobs])
+    group.first_score_ms[at[~same]] = NEVER
+
+    asked = detector.table.interval_ms[detector.rule_of[slots]]
+    regrid = (asked > 0) & (asked != rows["interval_ms"])
+    if regrid.any():
+        moved = at[regrid]
+        group.placing.interval_ms[moved], group.placing.phase_ms[moved] = asked[regrid], NO_PHASE
+        group.placing.probing[moved] = group.placing.waiting[moved]
+        group.windows.filled[moved] = 0
+        group.windows.forget_steps(moved)
+    group.resume(at)
+    for i, one in enumerate(blobs):
+        if one.tail is not None and not regrid[i]:
+            _put_tail(group, int(at[i]), one.tail, revisable=bool(same[i]) and window == group.window)
+    interval = np.where(group.placing.probing[at], 0, group.placing.interval_ms[at])
+    detector.silence.span_ms[slots] = detector.table.silent_after[detector.rule_of[slots]] * interval
+    return int((~same).sum()), refused
+
+
+def _put(group: Group, at: Int32Array, rows: AnyArray, same_model: BoolArray, names: list[str]) -> list[StateError]:
+    """Write records into the arrays; return the complaints about single thresholds, which stay as new ones."""
     refused = []
     try:
-        detector.threshold.unpack(slots[same_model], rows["threshold"][same_model])
+        group.threshold.unpack(at[same_model], rows["threshold"][same_model])
     except StateError:  # find out whose it is
         for i in np.flatnonzero(same_model).tolist():
             try:
-                detector.threshold.unpack(slots[i : i + 1], rows["threshold"][i : i + 1])
+                group.threshold.unpack(at[i : i + 1], rows["threshold"][i : i + 1])
             except StateError as e:
                 refused.append(StateError(f"state of {names[i]!r}: {e}"))
-    for part, fields in _fields(detector):
+    group.first_score_ms[at] = rows["first_score_ms"]
+    for part, fields in ((group.windows, _WINDOW_FIELDS), (group.incidents, Incidents.ARRAYS)):
         for name in fields:
-            getattr(part, name)[slots] = rows[name]
-    window = detector.windows.window
-    detector.windows.learned[slots] = np.unpackbits(rows["learned"], axis=1, count=window).astype(np.bool_)
-    detector.first_score_ms[slots[~same_model]] = NEVER
+            getattr(part, name)[at] = rows[name]
+    cells = group.window * group.features
+    learned = np.unpackbits(rows["learned"], axis=1, count=cells).astype(np.bool_)
+    group.windows.learned[at] = learned.reshape(-1, group.window, group.features)
     return refused
+
+
+def _fitted(group: Group, rows: AnyArray, window: int) -> AnyArray:
+    """Return records as those of the group's window: the newest cells of another one."""
+    if window == group.window:
+        return rows
+    fitted = np.zeros(len(rows), row_dtype(group))
+    for name in rows.dtype.names or ():
+        if name not in (*_RING_FIELDS, "learned"):
+            fitted[name] = rows[name]
+    count = min(window, group.window)
+    fitted["filled"] = np.minimum(rows["filled"], count)
+    cell = rows["newest"][:, None] - np.arange(count)  # (K, count)
+    series = np.arange(len(rows))[:, None]
+    for name in _RING_FIELDS:
+        fitted[name][series, cell % group.window] = rows[name][series, cell % window]
+    bits = np.unpackbits(rows["learned"], axis=1, count=window * group.features)
+    learned = np.zeros((len(rows), group.window, group.features), np.uint8)
+    learned[series, cell % group.window] = bits.reshape(-1, window, group.features)[series, cell % window]
+    fitted["learned"] = np.packbits(learned.reshape(len(rows), -1), axis=1)
+    return fitted
+
+
+def _put_tail(group: Group, slot: int, tail: _Tail, *, revisable: bool) -> None:
+    if tail.held and group.placing.probing[slot]:
+        group.placing.held = Columns.concatenate([group.placing.held, _points(slot, tail.held)])
+    if tail.open and group.placing.waiting[slot]:
+        points = _points(slot, tail.open)
+        cell: Int64Array = group.placing.cell(points.slot, points.timestamp_ms)
+        group.waiting.restore(slot, int(group.waiting.closed[slot]), points, cell)
+    past = tail.revisable
+    if past is None or not revisable or not group.corrects[slot]:
+        return
+    copies = np.frombuffer(past.copies, row_dtype(group))
+    _put(group, np.array([slot + 1, slot + 2], np.int32), copies, np.ones(2, np.bool_), ["", ""])
+    group.copied[slot] = past.copied
+    group.raw[slot] = np.frombuffer(past.raw, "<f8").reshape(group.raw.shape[1:])
+    group.stamp[slot] = np.frombuffer(past.stamp, "<i8")
+    group.fills[slot] = list(past.fills)
+    group.published[slot] = [
+        Statement(cell, plain, published, events.decode(event), live, versions)
+        for cell, plain, published, event, live, versions in past.published
+    ]
+
+
+def _points(slot: int, points: list[_Point]) -> Columns:
+    time, value, feature = zip(*points, strict=True)
+    return Columns.of(np.full(len(points), slot), time, value, np.full(len(points), -1), feature)

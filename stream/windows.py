@@ -26,10 +26,10 @@ class Windows:
         origin: what the stored values are relative to, (S, F) float64.
         seen: (S, W, F) float32, relative to `origin`.
         actual: (S, W, F) float32, relative to `origin`, NaN where nothing arrived.
-        learned: the cell holds the value that arrived, neither completed nor flagged, (S, W) bool.
-        step_mean: mean absolute change from one learned cell to the next over the life of the series, in which the
+        learned: `seen` holds the value that arrived, neither completed nor flagged, (S, W, F) bool.
+        step_mean: mean absolute change from one learned value to the next over the life of the series, in which the
             last `STEPS_MAX` changes prevail, (S, F) float64.
-        steps: changes that it is the mean of, at most `STEPS_MAX`, (S,) int32.
+        steps: changes that it is the mean of, at most `STEPS_MAX`, (S, F) int32.
     """
 
     ARRAYS = ("newest", "filled", "origin", "seen", "actual", "learned", "step_mean", "steps")
@@ -42,9 +42,9 @@ class Windows:
         self.origin: Float64Array = np.zeros((0, features))
         self.seen = np.zeros((0, window, features), np.float32)
         self.actual = np.zeros((0, window, features), np.float32)
-        self.learned: BoolArray = np.zeros((0, window), np.bool_)
+        self.learned: BoolArray = np.zeros((0, window, features), np.bool_)
         self.step_mean: Float64Array = np.zeros((0, features))
-        self.steps: Int32Array = np.zeros(0, np.int32)
+        self.steps: Int32Array = np.zeros((0, features), np.int32)
         # Row r is the order in which a ring whose oldest cell stands at position r is read.
         self._turn = (np.arange(window)[:, None] + np.arange(window)) % window
         self.resize(capacity)
@@ -57,10 +57,21 @@ class Windows:
             new[: len(old)] = old
             setattr(self, name, new)
 
+    def copy_rows(self, source: Int32Array, target: Int32Array) -> None:
+        """Give the windows of `target` the content of those of `source`."""
+        for name in self.ARRAYS:
+            array = getattr(self, name)
+            array[target] = array[source]
+
     def begin(self, slot: Int32Array, value: Float64Array) -> None:
-        """Start the windows of these series anew, relative to their first value (K, F)."""
+        """Start the windows of these series anew, relative to their first values, (K, F) without NaN."""
         self.filled[slot] = 0
         self.origin[slot] = value
+
+    def forget_steps(self, slot: Int32Array) -> None:
+        """Forget how far these series usually move: they move on another grid now."""
+        self.step_mean[slot] = 0.0
+        self.steps[slot] = 0
 
     def history(self, slot: Int32Array, cell: Int64Array) -> tuple[Float64Array, BoolArray]:
         """Return the W cells before `cell` as the model sees them, oldest first.
@@ -70,15 +81,15 @@ class Windows:
             cell: the cell after the newest one of each series, (K,).
 
         Returns:
-            values (K, W, F) float64 in raw units and learned (K, W) bool.
+            values (K, W, F) float64 in raw units and learned (K, W, F) bool.
         """
         at = slot[:, None].astype(np.intp) * self.window + self._turn[cell % self.window]  # (K, W), flat ring positions
         relative = self.seen.reshape(-1, self.features)[at]  # (K, W, F) float32
-        return relative + self.origin[slot][:, None, :], self.learned.reshape(-1)[at]
+        return relative + self.origin[slot][:, None, :], self.learned.reshape(-1, self.features)[at]
 
     def arrived(self, slot: Int32Array) -> Float64Array:
-        """Return the share of each full window that arrived, flagged or not, (K,)."""
-        share: Float64Array = (~np.isnan(self.actual[slot]).any(axis=2)).mean(axis=1)
+        """Return the share of each full window that arrived, flagged or not, (K, F)."""
+        share: Float64Array = (~np.isnan(self.actual[slot])).mean(axis=1)
         return share
 
     def append(
@@ -92,7 +103,7 @@ class Windows:
             seen: what the model will see, (K, F); NaN repeats the newest cell (a window that is not full yet has no
                 forecast to complete it with).
             actual: what arrived, (K, F), NaN for nothing.
-            learned: whether `seen` is what arrived, (K,).
+            learned: whether `seen` is what arrived, (K, F).
         """
         position, before = cell % self.window, (cell - 1) % self.window
         origin, previous = self.origin[slot], self.seen[slot, before]
@@ -100,12 +111,12 @@ class Windows:
         unknown = np.isnan(relative)
         if unknown.any():
             relative = np.where(unknown, previous, relative)
-        change = learned & self.learned[slot, before] & (self.filled[slot] > 0)
+        change = learned & self.learned[slot, before] & (self.filled[slot] > 0)[:, None]  # (K, F)
         steps = np.minimum(self.steps[slot] + change, STEPS_MAX)
         mean = self.step_mean[slot]
         step = np.abs(relative.astype(np.float64) - previous)
-        grown = mean + (step - mean) / np.maximum(steps, 1)[:, None]
-        self.step_mean[slot] = np.where(change[:, None], grown, mean)
+        grown = mean + (step - mean) / np.maximum(steps, 1)
+        self.step_mean[slot] = np.where(change, grown, mean)
         self.steps[slot] = steps
         self.seen[slot, position] = relative
         self.actual[slot, position] = actual - origin
@@ -113,31 +124,32 @@ class Windows:
         self.newest[slot] = cell
         self.filled[slot] = np.minimum(self.filled[slot] + 1, self.window)
 
-    def overwrite(self, slot: Int32Array, cell: Int64Array, value: Float64Array) -> BoolArray:
-        """Fill cells that are already in the window with values that come late or twice; the later one wins.
+    def inside(self, slot: Int32Array, cell: Int64Array) -> BoolArray:
+        """Say of each cell whether the window holds it, (K,)."""
+        behind = self.newest[slot] - cell
+        return (behind >= 0) & (behind < self.filled[slot])
 
-        A cell that was flagged keeps what the model sees; only what arrived is replaced.
+    def fill(self, slot: Int32Array, cell: Int64Array, value: Float64Array) -> None:
+        """Put values that come late or once more into cells that the window holds, (K, F); NaN leaves what is there.
 
-        Returns:
-            (K,) bool: False where the cell is older than the window, and nothing was written.
+        A value that was flagged keeps what the model sees; only what arrived is replaced.
         """
-        inside = self.newest[slot] - cell < self.filled[slot]
-        slot, cell, value = slot[inside], cell[inside], value[inside]
         position = cell % self.window
+        arrived = ~np.isnan(value)
         relative = (value - self.origin[slot]).astype(np.float32)
-        flagged = ~self.learned[slot, position] & ~np.isnan(self.actual[slot, position]).any(axis=1)
-        self.actual[slot, position] = relative
-        learn = ~flagged
-        self.seen[slot[learn], position[learn]] = relative[learn]
-        self.learned[slot[learn], position[learn]] = True
-        return inside
+        before = self.actual[slot, position]
+        flagged = ~self.learned[slot, position] & ~np.isnan(before)
+        learn = arrived & ~flagged
+        self.actual[slot, position] = np.where(arrived, relative, before)
+        self.seen[slot, position] = np.where(learn, relative, self.seen[slot, position])
+        self.learned[slot, position] |= learn
 
     def usual_step(self, slot: Int32Array) -> Float64Array:
         """Return the mean absolute change from point to point, (K, F); NaN for fewer than `STEPS_MIN` changes."""
-        return np.where(self.steps[slot, None] >= STEPS_MIN, self.step_mean[slot], np.nan)
+        return np.where(self.steps[slot] >= STEPS_MIN, self.step_mean[slot], np.nan)
 
     def accept_actual(self, slot: Int32Array) -> None:
         """Make what arrived what the model sees: the values flagged so far are the new normal."""
         arrived = ~np.isnan(self.actual[slot])  # (K, W, F)
         self.seen[slot] = np.where(arrived, self.actual[slot], self.seen[slot])
-        self.learned[slot] |= arrived.all(axis=2)
+        self.learned[slot] |= arrived

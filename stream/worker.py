@@ -14,6 +14,8 @@ from stream.detector import Counts, Detector
 from stream.errors import BrokerError, TocsinError
 from stream.kafka import Rebalance, points_consumer
 from stream.partition import Partition
+from stream.reload import RulesFile
+from stream.ruleset import RuleSet
 from stream.settings import Settings
 from stream.store import Store
 from stream.topics import ensure_topics
@@ -24,15 +26,33 @@ _POLL_MS = 200
 _SLICE_S = 0.1  # what is taken in at once should take no longer
 _TURN_S = 0.002
 _SLICE_MIN = 100  # records
+_FETCHED_WITHIN_MS = 5_000  # what the broker has had for so long has been fetched, or is known to be there
 
 
 class Worker:
     """Consumes points, publishes events; `run` returns after `stop` was called, everything settled and flushed."""
 
-    def __init__(self, settings: Settings, make_detector: Callable[[], Detector], store: Store) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        detectors: Callable[[RuleSet | None], Callable[[], Detector]],
+        store: Store,
+        rules_file: RulesFile | None = None,
+    ) -> None:
+        """Make a worker that owns no partition yet.
+
+        Args:
+            settings: where its topics are.
+            detectors: returns, for rules (None: those of the settings), a function that makes a detector.
+            store: keeps the state of its partitions.
+            rules_file: is watched; its rules are taken over when they change.
+        """
         self.settings = settings
-        self.make_detector = make_detector
         self.store = store
+        self._detectors = detectors
+        self._rules_file = rules_file
+        self.make_detector = detectors(None if rules_file is None else rules_file.current)
+        self._next_detector: Callable[[], Detector] | None = None
         self.partitions: dict[TopicPartition, Partition] = {}
         self.assigned = asyncio.Event()  # set once the first assignment is complete
         self._stop = asyncio.Event()
@@ -75,10 +95,12 @@ class Worker:
         except KafkaError as e:
             raise BrokerError(f"cannot read from {kafka.bootstrap_servers}: {e}") from e
         consumer.subscribe([kafka.points_topic], listener=Rebalance(self._assign, self._revoke))
+        watching = asyncio.create_task(self._watch_rules())
         try:
             while not self._stop.is_set():
                 await self._poll()
         finally:
+            watching.cancel()
             try:
                 # aiokafka does not say "revoked" before stop
                 await asyncio.shield(self._revoke(list(self.partitions)))
@@ -86,7 +108,35 @@ class Worker:
                 await consumer.stop()  # lets an assignment that is under way come to its end
                 await asyncio.shield(self._revoke(list(self.partitions)))
 
+    async def _watch_rules(self) -> None:
+        """Take new rules over when their file changes; wrong ones are told of, and what is in force stays."""
+        while self._rules_file is not None:
+            await asyncio.sleep(self.settings.rules_poll_s)
+            try:
+                rules = await asyncio.to_thread(self._rules_file.changed)
+                if rules is not None:
+                    self._next_detector = await asyncio.to_thread(self._detectors, rules)
+            except TocsinError as e:
+                log.error("the rules that were in force stay: %s", e)
+
+    def _take_over_rules(self) -> None:
+        """Between two batches, give every partition detectors of the new rules; their series keep their state."""
+        if self._next_detector is None:
+            return
+        self.make_detector, self._next_detector = self._next_detector, None
+        for partition in self.partitions.values():
+            partition.change_detector(self.make_detector())
+        log.info("new rules are in force (%s)", self.settings.rules)
+
+    def _judge_silence(self, asked_ms: int) -> None:
+        """Let partitions of which everything has been read up to a time judge by it who is silent."""
+        for at, partition in self.partitions.items():
+            if partition.position >= (self._consumer.highwater(at) or 0) and at not in self._consumer.paused():
+                partition.judge_silence(asked_ms - _FETCHED_WITHIN_MS)
+
     async def _poll(self) -> None:
+        self._take_over_rules()
+        asked_ms = int(time.time() * 1000)
         batches = await self._consumer.getmany(timeout_ms=_POLL_MS, max_records=self.settings.kafka.max_poll_records)
         # A partition that comes or goes from here on must not see these records: a new one seeks to its own offset.
         owned = {at: self.partitions[at] for at in batches if at in self.partitions}
@@ -101,6 +151,7 @@ class Worker:
                 batch = batch[len(part) :]
                 self._slice = max(int(_SLICE_S / max(per_record_s, 1e-6)), _SLICE_MIN)
                 await self._give_way()
+        self._judge_silence(asked_ms)
         if self._problem is not None:
             if isinstance(self._problem, TocsinError):
                 raise self._problem

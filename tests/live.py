@@ -14,7 +14,7 @@ from stream.csvfile import Points
 from stream.events import Event
 from stream.kafka import client_options
 from stream.sample import generate
-from stream.service import detector_factory, load_checkpoint, make_worker
+from stream.service import detector_factory, make_worker
 from stream.settings import KafkaSettings, Settings, load_settings
 from stream.worker import Worker
 
@@ -49,7 +49,7 @@ def sample_points() -> Points:
 
 def backtested(points: Points, settings: Settings) -> list[Event]:
     """Return the events of a back-test."""
-    detector = detector_factory(settings.detector(), load_checkpoint(settings))()
+    detector = detector_factory(settings)()
     return [event for _, result in backtest.run(detector, points) for event in result.events]
 
 

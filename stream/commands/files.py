@@ -87,7 +87,7 @@ def backtest(
         begin, first = core.head(points, train_fraction)
         series = core.training_series(begin, round(settings.interval_s * 1000))
         chosen = core.trained_checkpoint(_train(series, model, window, seed, Scaling.AUTO, 30, ""))
-    detector = detector_factory(settings.detector(), chosen)()
+    detector = detector_factory(settings, checkpoint=chosen)()
     core.prime(detector, points, first)
     started = time.monotonic()
     events = []

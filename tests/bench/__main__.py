@@ -31,9 +31,10 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, OffsetAndMetadata, Topi
 from models import checkpoint as repository
 from models.batching import run_padded
 from models.checkpoint import Checkpoint
-from stream.columns import Columns
-from stream.detector import Detector, Result
+from stream.columns import Columns, Int64Array
+from stream.detector import Detector, Result, Served
 from stream.kafka import client_options, points_consumer, transactional_producer
+from stream.policy import Rule
 from stream.records import _decode as decode
 from stream.service import use_one_thread
 from stream.settings import Settings, load_settings
@@ -60,10 +61,10 @@ class TimedDetector(Detector):
 
     began: float | None = None
 
-    def accept(self, points: Columns, *, want_scores: bool = False) -> Result:
+    def accept(self, points: Columns, arrived_ms: Int64Array | None = None, *, want_scores: bool = False) -> Result:
         if TimedDetector.began is None:
             TimedDetector.began = time.perf_counter()
-        return super().accept(points, want_scores=want_scores)
+        return super().accept(points, arrived_ms, want_scores=want_scores)
 
 
 class Bench:
@@ -78,8 +79,9 @@ class Bench:
     def detector(self) -> Detector:
         # The scores of the checkpoint's own held-out windows stand in for those of each KPI: thresholds are at work.
         calibration = np.asarray(self.checkpoint.calibration, np.float64)
-        config = load_settings({}).detector()
-        return TimedDetector(config, self.checkpoint.model, self.checkpoint.ref, calibration=calibration)
+        settings = load_settings({})
+        one = Served(self.checkpoint.ref, self.checkpoint.model, calibration=calibration)
+        return TimedDetector(settings.detector(), [Rule(policy=settings.policy())], [one])
 
     # -- without servers ------------------------------------------------------------------------------------------
 
@@ -166,7 +168,7 @@ class Bench:
 
     async def _work(self, settings: Settings, first: int, last: int) -> tuple[float, int, float]:
         store = Store(settings.redis.url.get_secret_value(), prefix=settings.redis.prefix)
-        worker = Worker(settings, self.detector, store)
+        worker = Worker(settings, lambda _: self.detector, store)
         started, TimedDetector.began = time.perf_counter(), None
         task = asyncio.create_task(worker.run())
         while sum(partition.settled for partition in worker.partitions.values()) < last:

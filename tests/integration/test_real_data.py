@@ -11,7 +11,7 @@ from stream import backtest
 from stream.csvfile import merge, read_table
 from stream.events import TYPE_OPENED, Event
 from stream.report import Summary, summarise
-from stream.service import detector_factory, load_checkpoint, use_one_thread
+from stream.service import detector_factory, use_one_thread
 from stream.settings import load_settings
 
 pytestmark = pytest.mark.data
@@ -21,7 +21,7 @@ def run(path: Path) -> tuple[list[Event], Summary]:
     use_one_thread()
     settings = load_settings({})
     points = merge([read_table(path)])
-    detector = detector_factory(settings.detector(), load_checkpoint(settings))()
+    detector = detector_factory(settings)()
     events = [event for _, result in backtest.run(detector, points) for event in result.events]
     return events, summarise(points, events, detector.counts, elapsed_s=1.0)
 

@@ -1,0 +1,698 @@
+"""The series that share one model: cells in, anomaly events out.
+
+One batch goes one straight path: grid -> waves -> window, completion, forward pass -> threshold -> incident -> event.
+A wave holds at most one cell of each series, so that everything in it is done on whole columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+
+import msgspec
+import numpy as np
+
+from models.base import Forecast, residual
+from models.pot import Health, Outcome, Spot, Step
+from stream import grid
+from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array
+from stream.events import (
+    SEVERITIES,
+    TYPE_OPENED,
+    TYPE_RESOLVED,
+    TYPE_UPDATED,
+    Event,
+    EventData,
+    Feature,
+    Peak,
+    SeverityName,
+    WindowInfo,
+    incident_id,
+    iso_time,
+    make_event,
+    rounded_to,
+    significant,
+)
+from stream.incidents import Action, IncidentPolicy, Incidents, severity_of
+from stream.placing import Cells, Placing
+from stream.policy import PolicyTable, Rule
+from stream.records import Reject
+from stream.results import Counts, DetectorConfig, Result, Scores, Served
+from stream.revision import Said, Statement, mend
+from stream.waiting import Waiting
+from stream.windows import Windows
+
+NEVER = -1  # no event time: those are not negative
+NONE = -(2**62)  # no cell
+_FIRST_CAPACITY = 64
+_SCORE_MAX = 1e38  # below the largest float32
+_PROBABILITY_MIN = 1e-12  # what a tail fitted to a hundred excesses says below it means no more than "never seen"
+_RATIO_MAX = 1e9  # a threshold of 0 (a series that was always forecast exactly) has no ratio
+_SHARE_MIN, _FEATURES_MAX = 0.05, 5  # of an entity's features an event names those that matter
+
+
+class _Kind(IntEnum):
+    OBSERVED = 0  # the next cell, with a value
+    MISSING = 1  # the next cell, without one
+    RESTART = 2  # a value after a gap longer than the window
+    REPEAT = 3  # a cell that the window holds already: late, or once more
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """Cells to go through: (N,) each, values (N, F)."""
+
+    slot: Int32Array
+    cell: Int64Array
+    kind: Int8Array
+    timestamp_ms: Int64Array
+    value: Float64Array
+    row: Int64Array
+
+    def take(self, which: BoolArray | slice | Int64Array) -> _Steps:
+        return _Steps(*(getattr(self, name)[which] for name in _Steps.__dataclass_fields__))
+
+    def __len__(self) -> int:
+        return len(self.slot)
+
+
+@dataclass(slots=True)
+class _Output:
+    """What steps say, before it is known whether it has been said already."""
+
+    said: list[tuple[int, Said]]  # series, what it says
+    scores: list[Scores] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """Points of a wave, (K,), with what was expected of them and how they were judged."""
+
+    slot: Int32Array
+    timestamp_ms: Int64Array
+    value: Float64Array  # (K, F), NaN where it was not scored
+    forecast: Forecast
+    error: Float64Array  # (K, F), what counts of the residual
+    score: Float64Array
+    step: Step
+    completed: Int64Array  # cells of the window that hold no value that arrived
+
+
+class Group:
+    """The series that share one model.
+
+    A slot here is the row that a series has in the arrays of its group. A series that corrects its events takes three:
+    the two behind its own are copies of its state from before earlier cells.
+    """
+
+    def __init__(
+        self, config: DetectorConfig, served: Served, rules: Sequence[Rule], table: PolicyTable, counts: Counts
+    ) -> None:
+        self.config = config
+        self.served = served
+        self.model = served.model
+        self.rules = rules
+        self.table = table
+        self.counts = counts
+        self.features, self.window = served.model.features, served.model.window
+        self.names: list[str] = []  # of each row; a copy's is empty
+        self.capacity = 0
+        self.placing = Placing(table)
+        self.waiting = Waiting(self.window, self.features)
+        self.windows = Windows(self.window, self.features)
+        self.threshold = Spot(config.pot, prior=served.prior)
+        self.incidents = Incidents()
+        self.rule: Int64Array = np.zeros(0, np.int64)
+        self.series: Int32Array = np.zeros(0, np.int32)  # slot of each row in the detector; -1 of a copy
+        self.q: Float64Array = np.zeros(0)
+        self.first_score_ms: Int64Array = np.zeros(0, np.int64)
+        # Of series that correct their events: the cells that the two copies were taken before, and what came since.
+        self.corrects: BoolArray = np.zeros(0, np.bool_)
+        self.copied: Int64Array = np.zeros((0, 2), np.int64)
+        self.raw: Float64Array = np.zeros((0, self.window, self.features))
+        self.stamp: Int64Array = np.zeros((0, self.window), np.int64)
+        self.published: dict[int, list[Statement]] = {}
+        self.fills: dict[int, list[tuple[int, int, float]]] = {}  # newest cell then, cell, value of what only filled in
+
+    # -- series -----------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, rule: int, series: int) -> int:
+        """Give a new series its row."""
+        policy = self.rules[rule].policy
+        waiting = self.features > 1 or policy.wait
+        corrects = policy.lateness_ms > 0 and not waiting
+        slot = len(self.names)
+        rows = 3 if corrects else 1
+        self.names += [name] + [""] * (rows - 1)
+        self._make_room(len(self.names))
+        self.rule[slot : slot + rows] = rule
+        self.corrects[slot] = corrects
+        self.series[slot] = series
+        self.placing.add(slot, rule, waiting)
+        own = np.array([slot])
+        self.threshold.set_drift(own, policy.drift)
+        self._set_risk(own)
+        if self.served.calibration is not None and len(self.served.calibration):
+            self.threshold.calibrate(own, self.served.calibration)
+        return slot
+
+    def _make_room(self, rows: int) -> None:
+        if rows <= self.capacity:
+            return
+        old, new = self.capacity, max(rows, 2 * self.capacity, _FIRST_CAPACITY)
+        for part in (self.placing, self.waiting, self.windows, self.threshold, self.incidents):
+            part.resize(new)
+        correcting = new if self.table.lateness_ms.any() else 0
+        for name, fresh, room in (
+            ("rule", 0, new),
+            ("series", -1, new),
+            ("q", 0.0, new),
+            ("first_score_ms", NEVER, new),
+            ("corrects", False, new),
+            ("copied", NONE, new),
+            ("raw", np.nan, correcting),
+            ("stamp", 0, correcting),
+        ):
+            before = getattr(self, name)
+            grown = np.full((room, *before.shape[1:]), fresh, before.dtype)
+            grown[: min(old, room)] = before
+            setattr(self, name, grown)
+        self.capacity = new
+
+    def resume(self, slot: Int32Array) -> None:
+        """Bring restored series up to date with what their rules ask for now."""
+        self._set_risk(slot)
+        self.threshold.set_drift(slot, self.table.drift[self.rule[slot]])
+        begun = self.windows.filled[slot] > 0
+        closed = np.where(begun, self.windows.newest[slot], NONE)
+        self.waiting.closed[slot], self.waiting.newest[slot] = closed, closed
+        self.copied[slot] = NONE
+
+    def _set_risk(self, slot: Int32Array | Int64Array) -> None:
+        """Give series the risk that their rules ask for at the intervals that they have."""
+        most = self.config.pot.q_max
+        q = self.table.risk(self.rule[slot], self.placing.interval_ms[slot], most)
+        q = np.where(q > 0, np.minimum(q, most), self.config.pot.q)  # no interval yet: no budget
+        self.q[slot] = q
+        self.threshold.set_risk(slot, q)
+
+    # -- batches ----------------------------------------------------------------------------------------------------
+
+    def accept(self, points: Columns, result: Result, *, want_scores: bool = False) -> None:
+        """Take points in, in the order of their arrival, none of them missing; add what came of it to the result."""
+        self.placing.begin_batch()
+        repeats = self.placing.repeats
+        while len(points):
+            points, regridded = self.placing.release(points)
+            if self.placing.changes:
+                self._set_risk(np.unique(np.concatenate([change.slot for change in self.placing.changes])))
+            if len(regridded):
+                self.windows.begin(regridded, self.windows.origin[regridded])
+                self.windows.forget_steps(regridded)
+                self.copied[regridded] = NONE
+                for one in regridded.tolist():  # what was said of another grid stands
+                    self.published.pop(one, None)
+                    self.fills.pop(one, None)
+                self.counts.regridded += len(regridded)
+            wait = self.placing.waiting[points.slot]
+            rest = Columns.empty()
+            if wait.any():
+                patient, points = points.take(wait), points.take(~wait)
+                cell, lateness = self.placing.cell(patient.slot, patient.timestamp_ms), self._lateness(patient.slot)
+                ready = self.waiting.accept(patient, cell, lateness)
+                if len(ready.slot):
+                    lead, start, order = self._place(ready)
+                    self._run(ready, order, lead, start, result, want_scores)
+            if len(points):
+                cells = Cells(
+                    points.slot,
+                    self.placing.cell(points.slot, points.timestamp_ms),
+                    points.timestamp_ms,
+                    points.value[:, None],
+                    points.row,
+                )
+                placed = self._placed(cells)
+                after = self.placing.watch_fit(placed, cells.slot[placed.order], cells.row[placed.order])
+                lead, start, order = placed.lead, placed.start, placed.order
+                if after.any():
+                    rest = points.take(np.sort(order[after]))
+                    lead, start, order = lead[~after], start[~after], order[~after]
+                self._run(cells, order, lead, start, result, want_scores)
+            points = rest
+        self.counts.duplicates += self.placing.repeats - repeats
+
+    def _lateness(self, slot: Int32Array) -> Int64Array:
+        return self.placing.lateness_cells(slot, self.window)
+
+    def _placed(self, cells: Cells) -> grid.Placed:
+        started = self.windows.filled[cells.slot] > 0
+        return grid.place(cells.slot, cells.cell, self.windows.newest[cells.slot], started)
+
+    def _place(self, cells: Cells) -> tuple[Int64Array, BoolArray, Int64Array]:
+        placed = self._placed(cells)
+        return placed.lead, placed.start, placed.order
+
+    def _run(
+        self,
+        cells: Cells,
+        order: Int64Array,
+        lead: Int64Array,
+        start: BoolArray,
+        result: Result,
+        want_scores: bool,
+    ) -> None:
+        """Go through cells, wave by wave.
+
+        Args:
+            cells: what came.
+            order: of the cells, by series and, within one, by arrival, (M,).
+            lead: by how much each leads the newest one before it, (M,) in that order.
+            start: the first one of its series, (M,) in that order.
+            result: what comes of it is added here.
+            want_scores: scores too.
+        """
+        steps, ends = self._steps(cells, order, lead, start)
+        begin = 0
+        for end in ends:
+            wave = steps.take(slice(begin, end))
+            begin = end
+            repeat = wave.kind == _Kind.REPEAT
+            output = _Output([], result.scores if want_scores else None)
+            if repeat.any():
+                self._repeat(wave.take(repeat), result)
+                wave = wave.take(~repeat)
+            if len(wave):
+                self._advance(wave, output)
+            self._publish(output, result)
+
+    def _steps(self, cells: Cells, order: Int64Array, lead: Int64Array, start: BoolArray) -> tuple[_Steps, list[int]]:
+        """Lay cells out with the missing ones between them, ordered by wave; and where each wave ends."""
+        gap = np.maximum(lead - 1, 0)
+        restart = gap > self.window
+        gap[restart] = 0
+        kind = np.where(lead <= 0, _Kind.REPEAT, np.where(restart, _Kind.RESTART, _Kind.OBSERVED)).astype(np.uint8)
+        self.counts.duplicates += int((lead == 0).sum())
+        self.counts.late += int((lead < 0).sum())
+        self.counts.gaps += int(restart.sum())
+        steps = _Steps(
+            cells.slot[order], cells.cell[order], kind, cells.timestamp_ms[order], cells.value[order], cells.row[order]
+        )
+        if gap.any():  # each missing cell becomes a step of its own before the point that shows it
+            count = gap + 1
+            last = np.cumsum(count) - 1  # the step of the point itself
+            source = np.repeat(np.arange(len(steps)), count)
+            missing = np.ones(len(source), np.bool_)
+            missing[last] = False
+            before = last[source] - np.arange(len(source))
+            steps = steps.take(source)
+            steps.cell[:] -= before
+            steps.kind[missing] = _Kind.MISSING
+            steps.value[missing] = np.nan
+            steps.timestamp_ms[missing] = self.placing.time_ms(steps.slot[missing], steps.cell[missing])
+            begins = np.zeros(len(source), np.bool_)
+            begins[(last - gap)[start]] = True
+            start = begins
+        position = np.arange(len(steps))
+        wave = position - np.maximum.accumulate(np.where(start, position, 0))
+        return steps.take(np.argsort(wave, kind="stable")), np.cumsum(np.bincount(wave)).tolist()
+
+    # -- one wave ---------------------------------------------------------------------------------------------------
+
+    def _advance(self, wave: _Steps, output: _Output) -> None:
+        """Step into the next cell of each series."""
+        slot, cell, value = wave.slot, wave.cell, wave.value
+        if wave.kind.any() and (restart := wave.kind == _Kind.RESTART).any():
+            self._begin(slot[restart], value[restart])
+            self.copied[slot[restart]] = NONE
+        if (corrects := self.corrects[slot]).any():
+            self._copy(slot[corrects], cell[corrects])
+            self.raw[slot[corrects], cell[corrects] % self.window] = value[corrects]
+            self.stamp[slot[corrects], cell[corrects] % self.window] = wave.timestamp_ms[corrects]
+        filled = self.windows.filled[slot]
+        if (fresh := (filled == 0) & (wave.kind == _Kind.OBSERVED)).any():
+            self._begin(slot[fresh], value[fresh])
+
+        observed = ~np.isnan(value)  # (K, F)
+        expected, completion = np.full((2, *value.shape), np.nan)
+        flagged = np.zeros(len(slot), np.bool_)
+        learn = observed
+        full = np.flatnonzero(filled == self.window)
+        row_scores = np.full((3, len(slot)), np.nan)  # score, threshold, probability
+        judged: _Judged | None = None
+        if len(full):
+            history, learned = self.windows.history(slot[full], cell[full])
+            forecast = self.model.forecast(history, self.windows.usual_step(slot[full]), learned)
+            expected[full] = forecast.expected
+            # Forecast from forecasts, a gap would run away: what completes it stays within what the window has seen.
+            completion[full] = np.clip(forecast.expected, history.min(axis=1), history.max(axis=1))
+            enough = learned.mean(axis=1) >= self.config.min_observed
+            if not enough.all():  # flagged values are not learned, but they did arrive: a long incident stays judged
+                enough |= self.windows.arrived(slot[full]) >= self.config.min_observed
+            scored = observed[full] & enough
+            self.counts.completed += int((~observed[full]).any(axis=1).sum())
+            at = np.flatnonzero(scored.any(axis=1))
+            if len(at):
+                which = full[at]
+                completed = ((~learned[at]).sum(axis=(1, 2)) // self.features).astype(np.int64)
+                shown = np.where(scored[at], value[which], np.nan)
+                forecast = Forecast(forecast.expected[at], forecast.spread[at])
+                judged, anomaly = self._judge(wave, which, shown, forecast, completed, output)
+                flagged[which] = anomaly
+                row_scores[:, which] = judged.score, judged.step.threshold, judged.step.probability
+        seen = np.where(observed, value, completion)
+        if judged is not None and flagged.any():
+            learn = observed.copy()
+            self._withhold(which, judged, flagged[which], value, completion, seen, learn)
+        self.windows.append(slot, cell, seen, value, learn)
+        if output.scores is not None:
+            one = self.features == 1
+            output.scores.append(
+                Scores(
+                    self.series[slot],
+                    wave.timestamp_ms,
+                    value[:, 0] if one else row_scores[0] * np.nan,
+                    expected[:, 0] if one else row_scores[0] * np.nan,
+                    row_scores[0],
+                    row_scores[1],
+                    row_scores[2],
+                    flagged,
+                )
+            )
+
+    def _begin(self, slot: Int32Array, value: Float64Array) -> None:
+        """Start windows anew; what has not come of an entity is what the model takes for its middle."""
+        self.windows.begin(slot, np.where(np.isnan(value), self.model.neutral, value))
+
+    def _withhold(
+        self,
+        which: Int64Array,
+        judged: _Judged,
+        flagged: BoolArray,
+        value: Float64Array,
+        completion: Float64Array,
+        seen: Float64Array,
+        learn: BoolArray,
+    ) -> None:
+        """Keep what was flagged from being learned: of an entity, the features with more than an average share of it.
+
+        One that lies far from its forecast enters the window as missing, a near one at the edge of the band.
+        """
+        at = np.flatnonzero(flagged)
+        rows = which[at]
+        square = np.square(judged.error[at] / judged.error[at].max(axis=1, keepdims=True))
+        out = ~np.isnan(value[rows]) & (square * self.features >= square.sum(axis=1, keepdims=True))  # (K, F)
+        ratio = _ratio(judged.score[at], judged.step.threshold[at])[:, None]
+        expected = judged.forecast.expected[at]
+        edge = expected + (value[rows] - expected) / ratio
+        instead = np.where(ratio <= self.config.follow_ratio, edge, completion[rows])
+        seen[rows] = np.where(out, instead, seen[rows])
+        learn[rows] &= ~out
+
+    def _judge(
+        self,
+        wave: _Steps,
+        which: Int64Array,
+        value: Float64Array,
+        forecast: Forecast,
+        completed: Int64Array,
+        output: _Output,
+    ) -> tuple[_Judged, BoolArray]:
+        """Score, threshold and incident of the points `which` of a wave; says which of them are anomalous."""
+        slot, time = wave.slot[which], wave.timestamp_ms[which]
+        rule, table = self.rule[slot], self.table
+        error = residual(value, forecast)  # (K, F), 0 where it is not scored
+        direction = table.direction[rule][:, None]
+        error = np.where(direction == 0, np.abs(error), np.maximum(direction * error, 0.0))
+        norm = error[:, 0] if self.features == 1 else np.sqrt((error * error).sum(axis=1))
+        # No more digits than the forecast has.
+        score = np.minimum(norm, _SCORE_MAX).astype(np.float32).astype(np.float64)
+        first = self.first_score_ms[slot]
+        if (unset := first == NEVER).any():
+            self.first_score_ms[slot[unset]] = time[unset]
+            first = self.first_score_ms[slot]
+        step = self.threshold.step(slot, score, time - first >= table.warmup_ms[rule])
+        self.counts.scored += len(which)
+        judged = _Judged(slot, time, value, forecast, error, score, step, completed)
+        anomaly = step.outcome == Outcome.ANOMALY
+        if anomaly.any():
+            anomaly &= self._deviates(judged, direction, rule)
+        action = np.full(len(slot), Action.NONE, np.uint8)
+        known = np.flatnonzero(step.outcome != Outcome.WARMING)  # without a threshold a point says nothing
+        if len(known):
+            action[known] = self._live_on(judged, anomaly, known)
+        for i in np.flatnonzero(action == Action.OPENED).tolist():
+            opened = int(self.incidents.opened_ms[slot[i]])
+            self.incidents.id[slot[i]] = incident_id(self.names[slot[i]], opened, self.served.ref)
+        if (accepted := (action == Action.ACCEPTED) | (action == Action.ACCEPTED_MUTED)).any():
+            self.windows.accept_actual(slot[accepted])
+            anomaly = anomaly & ~accepted
+        self.counts.flagged += int(anomaly.sum())
+        for i in np.flatnonzero((action != Action.NONE) & (action != Action.ACCEPTED_MUTED)).tolist():
+            at = which[i]
+            said = Said(int(wave.cell[at]), self._event(judged, i, Action(action[i])), int(wave.row[at]))
+            output.said.append((int(slot[i]), said))
+        return judged, anomaly
+
+    def _deviates(self, judged: _Judged, direction: Int64Array, rule: Int64Array) -> BoolArray:
+        """Say of each point whether one of its values lies as far from what was expected as the rule asks, (K,)."""
+        expected, table = judged.forecast.expected, self.table
+        with np.errstate(invalid="ignore"):
+            deviation = judged.value - expected  # NaN compares as False: what was not scored does not deviate
+            deviation = np.where(direction == 0, np.abs(deviation), direction * deviation)
+            least = np.maximum(
+                table.least_deviation[rule][:, None], table.least_share[rule][:, None] * np.abs(expected)
+            )
+            far: BoolArray = np.asarray((deviation >= least).any(axis=1))
+        return far
+
+    def _live_on(self, judged: _Judged, anomaly: BoolArray, known: Int64Array) -> Int8Array:
+        """Feed the points `known` to the incidents of their series; return what to publish of each."""
+        slot, time, step = judged.slot[known], judged.timestamp_ms[known], judged.step
+        rule, table = self.rule[slot], self.table
+        muted = np.zeros(len(known), np.bool_)
+        hit = anomaly[known]
+        if hit.any():
+            for one in np.unique(rule[hit]).tolist():
+                if self.rules[one].maintenance:
+                    of_rule = np.flatnonzero(hit & (rule == one))
+                    muted[of_rule] = self.rules[one].muted(time[of_rule])
+        value = judged.value[known, 0] if self.features == 1 else np.full(len(known), np.nan)
+        ratio = _ratio(judged.score[known], step.threshold[known])
+        ratio[(step.outcome[known] == Outcome.ANOMALY) & ~hit] = 0.0  # what deviates too little to matter is calm
+        recover = table.recover_ratio[rule]
+        return self.incidents.step(
+            slot,
+            time,
+            hit,
+            severity_of(step.probability[known], self.q[slot]),
+            ratio,
+            value,
+            muted,
+            step.restarted[known] & hit,
+            policy=IncidentPolicy(
+                table.open_after[rule],
+                table.recover_after[rule],
+                np.where(recover < 1, recover, np.inf),
+                table.accept_after_ms[rule],
+                table.cooldown_ms[rule],
+            ),
+        )
+
+    # -- late points ------------------------------------------------------------------------------------------------
+
+    def _repeat(self, wave: _Steps, result: Result) -> None:
+        """Take points in whose cells are behind: older than the window, to fill in, or to go back for."""
+        inside = self.windows.inside(wave.slot, wave.cell)
+        for i in np.flatnonzero(~inside).tolist():
+            own = wave.slot[i : i + 1]
+            oldest = self.windows.newest[own] - self.windows.filled[own] + 1
+            begins = int(self.placing.time_ms(own, oldest)[0])
+            detail = (
+                f"the point of {self.names[own[0]]!r} at {iso_time(int(wave.timestamp_ms[i]))} is older than the "
+                f"window, which begins at {iso_time(begins)}"
+            )
+            result.rejects.append(Reject(int(wave.row[i]), "too_late", detail))
+            self.counts.too_late += 1
+            self.counts.late -= 1
+        wave = wave.take(inside)
+        if not len(wave):
+            return
+        revise = self.corrects[wave.slot]
+        if revise.any():
+            revise = revise & (self.windows.newest[wave.slot] - wave.cell <= self._lateness(wave.slot))
+            copied = self.copied[wave.slot]
+            revise &= wave.cell >= np.where(copied == NONE, -NONE, copied).min(axis=1)
+        if (plain := ~revise).any():
+            slot, cell, value = wave.slot[plain], wave.cell[plain], wave.value[plain]
+            self.windows.fill(slot, cell, value)
+            for i in np.flatnonzero(self.corrects[slot]).tolist():  # to be filled in again should the series go back
+                fill = (int(self.windows.newest[slot[i]]), int(cell[i]), float(value[i, 0]))
+                self.fills.setdefault(int(slot[i]), []).append(fill)
+        if revise.any():
+            wave = wave.take(revise)
+            position = wave.cell % self.window
+            # float32 as the window holds it: a producer that repeats itself proves nothing wrong.
+            same = (self.windows.actual[wave.slot, position] == self._relative(wave)).all(axis=1)
+            if not same.all():
+                self._revise(wave.take(~same), result)
+
+    def _relative(self, wave: _Steps) -> Float64Array:
+        relative: Float64Array = (wave.value - self.windows.origin[wave.slot]).astype(np.float32)
+        return relative
+
+    def _copy(self, slot: Int32Array, cell: Int64Array) -> None:
+        """Keep copies of the state before cells that lie the lateness apart: the newest two are enough to go back."""
+        apart = self._lateness(slot) + 1
+        latest = self.copied[slot, 0]
+        due = (latest == NONE) | ((cell % apart == 0) & (cell != latest))
+        if not due.any():
+            return
+        slot, cell = slot[due], cell[due]
+        self._copy_rows(slot + 1, slot + 2)
+        self._copy_rows(slot, slot + 1)
+        self.copied[slot, 1] = self.copied[slot, 0]
+        self.copied[slot, 0] = cell
+        for one, oldest in zip(slot.tolist(), self.copied[slot, 1].tolist(), strict=True):
+            if oldest != NONE:
+                if one in self.published:
+                    self.published[one] = [said for said in self.published[one] if said.cell >= oldest]
+                if one in self.fills:
+                    self.fills[one] = [fill for fill in self.fills[one] if fill[0] >= oldest]
+
+    def _copy_rows(self, source: Int32Array, target: Int32Array) -> None:
+        for part in (self.windows, self.threshold, self.incidents):
+            part.copy_rows(source, target)
+        self.first_score_ms[target] = self.first_score_ms[source]
+
+    def _revise(self, wave: _Steps, result: Result) -> None:
+        """Go back to before the cells of late points, take them in, and go through what came since once more."""
+        slot, newest = wave.slot, self.windows.newest[wave.slot].copy()
+        self.raw[slot, wave.cell % self.window] = wave.value
+        self.stamp[slot, wave.cell % self.window] = wave.timestamp_ms
+        far = slot[wave.cell < self.copied[slot, 0]]
+        self._copy_rows(far + 2, far + 1)
+        self.copied[far, 0], self.copied[far, 1] = self.copied[far, 1], NONE
+        self._copy_rows(slot + 1, slot)
+        start = self.copied[slot, 0].copy()
+
+        output = _Output([], None)
+        before = self.counts.as_dict()
+        for ahead in range(int((newest - start).max()) + 1):
+            on = start + ahead <= newest
+            at, cell = slot[on], (start + ahead)[on]  # (K,)
+            value = self.raw[at, cell % self.window]
+            missing = np.isnan(value).all(axis=1)
+            stamp = np.where(missing, self.placing.time_ms(at, cell), self.stamp[at, cell % self.window])
+            kind = np.where(missing, _Kind.MISSING, _Kind.OBSERVED).astype(np.uint8)
+            self._advance(_Steps(at, cell, kind, stamp, value, wave.row[on]), output)
+            for row_, at_cell in zip(at.tolist(), cell.tolist(), strict=True):
+                for after, filled, what in self.fills.get(row_, ()):
+                    if after == at_cell:
+                        self.windows.fill(np.array([row_], np.int32), np.array([filled]), np.array([[what]]))
+        for name, count in before.items():  # what was counted is counted
+            setattr(self.counts, name, count)
+        self.counts.revised += len(slot)
+        for i, one in enumerate(slot.tolist()):
+            said = [what for whose, what in output.said if whose == one and what.cell >= wave.cell[i]]
+
+            statements = self.published.setdefault(one, [])
+            for event in mend(statements, int(wave.cell[i]), said, partial(self._standing, one)):
+                result.events.append(event)
+                result.event_rows.append(int(wave.row[i]))
+
+    def _standing(self, slot: int, incident: str) -> tuple[SeverityName, int] | None:
+        """Return severity and anomalous points of an incident, if it is the newest one of a series."""
+        if f"{int(self.incidents.id[slot]):016x}" != incident:
+            return None
+        return SEVERITIES[int(self.incidents.severity[slot]) - 1], int(self.incidents.anomalies[slot])
+
+    # -- events -----------------------------------------------------------------------------------------------------
+
+    def _publish(self, output: _Output, result: Result) -> None:
+        for slot, said in output.said:
+            if self.corrects[slot]:
+                statement = Statement(said.cell, said.event.id, said.event.id, said.event)
+                self.published.setdefault(slot, []).append(statement)
+            result.events.append(said.event)
+            result.event_rows.append(said.row)
+
+    def _event(self, point: _Judged, i: int, action: Action) -> Event:
+        incidents, slot = self.incidents, int(point.slot[i])
+        time, opened = int(point.timestamp_ms[i]), int(incidents.opened_ms[slot])
+        threshold = float(point.step.threshold[i])
+        rule = self.rules[int(self.rule[slot])]
+        health = Health(self.threshold.health(point.slot[i : i + 1])[0])
+        data = EventData(
+            kpi=self.names[slot],
+            incident=f"{int(incidents.id[slot]):016x}",
+            severity=SEVERITIES[int(incidents.severity[slot]) - 1],
+            model=self.served.ref,
+            opened=iso_time(opened),
+            anomalies=int(incidents.anomalies[slot]),
+            score=significant(float(point.score[i])),
+            threshold=significant(threshold),
+            ratio=significant(float(_ratio(point.score[i], threshold))),
+            probability=significant(max(float(point.step.probability[i]), _PROBABILITY_MIN)),
+            window=WindowInfo(self.window, int(point.completed[i])),
+            health="" if health in (Health.OK, Health.WARMING) else health.name.lower(),
+            rule=rule.name,
+            labels=dict(rule.labels),
+        )
+        if self.features == 1:
+            data = msgspec.structs.replace(data, value=float(point.value[i, 0]), **self._band(point, i, 0))
+        else:
+            data = msgspec.structs.replace(data, features=self._contributions(point, i))
+        if action in (Action.RESOLVED, Action.ACCEPTED):
+            peak = float(incidents.peak_value[slot])
+            data = msgspec.structs.replace(
+                data,
+                reason="recovered" if action == Action.RESOLVED else "accepted",
+                last_anomaly=iso_time(int(incidents.last_ms[slot])),
+                duration_s=(time - opened) / 1000,
+                peak=Peak(
+                    iso_time(int(incidents.peak_ms[slot])),
+                    significant(float(incidents.peak_ratio[slot])),
+                    None if np.isnan(peak) else peak,
+                ),
+            )
+        event_type, suffix = {
+            Action.OPENED: (TYPE_OPENED, "opened"),
+            Action.UPDATED: (TYPE_UPDATED, f"updated-{data.severity}"),
+            Action.RESOLVED: (TYPE_RESOLVED, "resolved"),
+            Action.ACCEPTED: (TYPE_RESOLVED, "resolved"),
+        }[action]
+        return make_event(event_type, f"{data.incident}-{suffix}", time, data, source=self.config.source)
+
+    def _band(self, point: _Judged, i: int, feature: int) -> dict[str, float]:
+        """Return what was expected of a value, and the band around it that is normal."""
+        expected = float(point.forecast.expected[i, feature])
+        width = float(point.step.threshold[i]) * float(point.forecast.spread[i, feature])
+        return {
+            "expected": rounded_to(width, expected),
+            "lower": rounded_to(width, expected - width),
+            "upper": rounded_to(width, expected + width),
+        }
+
+    def _contributions(self, point: _Judged, i: int) -> list[Feature]:
+        """Return the features that make up the score of an entity's point, the largest share first."""
+        square = np.square(point.error[i] / max(float(point.error[i].max()), 1e-300))
+        share = square / max(float(square.sum()), 1e-300)
+        largest = np.argsort(-share, kind="stable")[:_FEATURES_MAX]
+        return [
+            Feature(
+                metric=self.served.metrics[f],
+                share=significant(float(share[f])),
+                value=float(point.value[i, f]),
+                **self._band(point, i, f),
+            )
+            for f in largest.tolist()
+            if share[f] >= _SHARE_MIN
+        ]
+
+
+def _ratio(score: Float64Array | float, threshold: Float64Array | float) -> Float64Array:
+    """Return score / threshold, 1.0 being the edge for every model."""
+    with np.errstate(over="ignore"):
+        return np.minimum(score / np.maximum(threshold, 1e-300), _RATIO_MAX)
