@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from models.pot import PotConfig
+from stream import nodes
 from stream.calendars import Calendar
 from stream.duration import parse_budget, parse_duration, say_budget, say_duration
 from stream.errors import ConfigError
@@ -209,6 +211,20 @@ def test_a_byte_order_mark_and_other_line_ends_are_no_matter(tmp_path: Path) -> 
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xef\xbb\xbfrules:\r\n  - match: 'caf\xc3\xa9.*'\r\n")
     assert load_rules(path, Policy()).rules == (Rule(("café.*",), "café.*", line=2),)
+
+
+def test_the_reader_without_libyaml_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "holidays.ics").write_bytes(ICS)
+    expected = parse(FULL, tmp_path)
+    monkeypatch.setattr(nodes, "_LOADER", yaml.SafeLoader)
+    assert parse(FULL, tmp_path) == expected
+    assert refusal("rules:\n  - match: a: b") == ["2: is no YAML: mapping values are not allowed here"]
+
+
+def test_the_settings_interval_bounds_the_budget() -> None:
+    with pytest.raises(ConfigError, match="is every point at an interval of 60 s"):
+        one("false_alarms: 1 per minute", defaults=Policy(interval_ms=MINUTE))
+    assert one("false_alarms: 1 per minute").policy.alarms_per_ms == 1 / MINUTE, "left to the core"
 
 
 def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
