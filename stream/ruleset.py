@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase, translate
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from models.pot import PotConfig
 from stream.duration import say_budget, say_duration
 from stream.policy import Policy, Rule
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Q_MAX: Final = PotConfig().q_max
 

@@ -8,7 +8,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CORE = (
-    *("columns", "records", "events", "policy", "ruleset", "maintenance", "results", "detector", "group", "snapshot"),
+    *(
+        "columns",
+        "duration",
+        "records",
+        "events",
+        "policy",
+        "ruleset",
+        "maintenance",
+        "results",
+        "detector",
+        "group",
+        "snapshot",
+    ),
     *("grid", "placing", "waiting", "windows", "incidents", "revision", "silence"),
 )
 WORLD = {
