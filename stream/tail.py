@@ -1,0 +1,130 @@
+"""The end of a topic, read once: without a group, without a commit, and without making what is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.errors import KafkaError
+
+from stream.embedded import patch_aborted_transactions
+from stream.errors import BrokerError, TocsinError
+from stream.kafka import reader
+from stream.settings import KafkaSettings
+from stream.topics import ensure_topics
+
+_POLL_MS = 200
+_LOOK_S = 0.05
+_STALLED_S = 30.0  # without a record
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What is read of a topic: offsets of each partition, from the first to the one behind the last."""
+
+    partitions: int
+    begin: dict[TopicPartition, int]
+    end: dict[TopicPartition, int]
+    left_out: int  # offsets that were asked for by time and are too many
+
+    @property
+    def offsets(self) -> int:
+        """How many there are; not each of them holds a record."""
+        return sum(self.end[at] - self.begin[at] for at in self.end)
+
+
+async def read_tail(
+    settings: KafkaSettings,
+    topic: str,
+    *,
+    records: int,
+    since_ms: int | None = None,
+    on_records: Callable[[Sequence[ConsumerRecord]], None],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Extent:
+    """Read the last committed records of each partition of a topic; returns what was read.
+
+    Args:
+        settings: where the broker is.
+        topic: its name.
+        records: how many of each partition, at most.
+        since_ms: none that the broker received earlier than this, ms since 1970; None for no such bound.
+        on_records: takes the records, those of a partition in the order of their offsets.
+        on_progress: told how many of how many offsets are done.
+
+    Raises:
+        TocsinError: there is no such topic, it is empty, or it stopped giving records half way.
+        BrokerError: the broker cannot be reached, or refuses.
+    """
+    patch_aborted_transactions()
+    await ensure_topics(settings.bootstrap_servers, {}, deadline_s=settings.connect_timeout_s)  # says why, if not
+    consumer = reader(settings)
+    try:
+        await consumer.start()
+        extent = await _extent(consumer, settings, topic, records, since_ms)
+        begin = {at: offset for at, offset in extent.begin.items() if offset < extent.end[at]}
+        consumer.assign(list(begin))
+        for at, offset in begin.items():
+            consumer.seek(at, offset)
+        await _read(consumer, extent, on_records, on_progress)
+        return extent
+    except KafkaError as e:
+        raise BrokerError(f"cannot read {topic} at {settings.bootstrap_servers}: {e}") from e
+    finally:
+        await consumer.stop()
+
+
+async def _extent(
+    consumer: AIOKafkaConsumer, settings: KafkaSettings, topic: str, records: int, since_ms: int | None
+) -> Extent:
+    where = f"at {settings.bootstrap_servers}"
+    topics = await consumer.topics()
+    if topic not in topics:
+        near = difflib.get_close_matches(topic, sorted(topics), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(topics)[:10]) or 'none'}"
+        raise TocsinError(f"there is no topic {topic} {where}, or you may not see it; {hint}")
+    consumer.assign([TopicPartition(topic, 0)])  # now its partitions are asked for
+    async with asyncio.timeout(settings.connect_timeout_s):
+        while not (known := consumer.partitions_for_topic(topic)):  # noqa: ASYNC110  # no event tells
+            await asyncio.sleep(_LOOK_S)
+    at = [TopicPartition(topic, partition) for partition in sorted(known)]
+    first, end = await consumer.beginning_offsets(at), await consumer.end_offsets(at)
+    if not any(end[one] > first[one] for one in at):
+        raise TocsinError(f"topic {topic} {where} holds no records: send points first, e.g. tocsin replay FILE")
+    wanted = dict(first)
+    if since_ms is not None:
+        found = await consumer.offsets_for_times(dict.fromkeys(at, since_ms))
+        wanted = {one: found[one].offset if found.get(one) is not None else end[one] for one in at}
+        if not any(end[one] > wanted[one] for one in at):
+            raise TocsinError(f"topic {topic} {where} has received no records in that time: try a longer --since")
+    begin = {one: max(wanted[one], end[one] - records) for one in at}
+    left_out = sum(begin[one] - wanted[one] for one in at) if since_ms is not None else 0
+    return Extent(len(at), begin, end, left_out)
+
+
+async def _read(
+    consumer: AIOKafkaConsumer,
+    extent: Extent,
+    on_records: Callable[[Sequence[ConsumerRecord]], None],
+    on_progress: Callable[[int, int], None],
+) -> None:
+    position, moved = dict(extent.begin), time.monotonic()
+    while left := [at for at in extent.end if position[at] < extent.end[at]]:
+        batches = await consumer.getmany(timeout_ms=_POLL_MS)
+        for at, batch in batches.items():
+            on_records([record for record in batch if record.offset < extent.end[at]])
+        before = sum(position.values())
+        # The last offsets may hold marks of transactions, and no record that would say so.
+        position |= {at: min(await consumer.position(at), extent.end[at]) for at in left}
+        done = [at for at in left if position[at] >= extent.end[at] and at not in consumer.paused()]
+        if done:
+            consumer.pause(*done)
+        if sum(position.values()) > before:
+            moved = time.monotonic()
+        elif time.monotonic() - moved > _STALLED_S:
+            raise TocsinError(f"{left[0].topic} gave no record for {_STALLED_S:g} s at offset {position[left[0]]}")
+        on_progress(sum(position.values()) - sum(extent.begin.values()), extent.offsets)
