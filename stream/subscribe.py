@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -16,7 +16,7 @@ from aiokafka.errors import KafkaError
 from stream import events
 from stream.embedded import patch_aborted_transactions
 from stream.errors import BrokerError, ConfigError
-from stream.events import SEVERITIES, Event, SeverityName
+from stream.events import SEVERITIES, Event, EventData, SeverityName, SilenceData
 from stream.kafka import client_options
 from stream.settings import KafkaSettings
 from stream.topics import ensure_topics
@@ -36,8 +36,7 @@ _POLL_MS = 1_000
 class Filter:
     """Which events are wanted; of several globs one has to match, case and all.
 
-    A field that an event does not have is empty text to a glob: `*` lets it pass, any other does not. Silence is the
-    exception where severity is concerned: it has none, and passes whatever the least severity is.
+    Silence has no model, which only `*` matches, and no severity: it passes whatever the least one is.
 
     Attributes:
         kpi: globs on the name of the series.
@@ -78,16 +77,24 @@ class Filter:
             raise ConfigError(f"types: there is no {unknown[0]!r}; there are {', '.join(EVENT_TYPES)}")
         return cls(_globs(kpi), min_severity, _globs(model), _globs(rule), wanted)
 
-    def matches(self, event: Event) -> bool:
-        """Say whether an event is wanted."""
-        data: Any = event.data  # of an anomaly or of a silence: the fields differ
-        severity = getattr(data, "severity", None)
+    def matches(self, event: Event, *, mends: bool = False) -> bool:
+        """Say whether an event is wanted.
+
+        Args:
+            event: of any type.
+            mends: it corrects or retracts one that was wanted. Then it is so too, though its severity is lower now.
+        """
+        data = event.data
+        if isinstance(data, SilenceData):
+            model, grave = "", True
+        else:
+            model, grave = data.model, SEVERITIES.index(data.severity) >= SEVERITIES.index(self.min_severity)
         return (
-            _last_word(event.type) in self.types
-            and (severity is None or SEVERITIES.index(severity) >= SEVERITIES.index(self.min_severity))
+            (grave or mends)
+            and _last_word(event.type) in self.types
             and any(fnmatchcase(event.subject, glob) for glob in self.kpi)
-            and _of_model(getattr(data, "model", ""), self.model)
-            and any(fnmatchcase(getattr(data, "rule", ""), glob) for glob in self.rule)
+            and any(fnmatchcase(model if "@" in glob else model.partition("@")[0], glob) for glob in self.model)
+            and any(fnmatchcase(data.rule, glob) for glob in self.rule)
         )
 
 
@@ -97,11 +104,6 @@ def _globs(given: str | Sequence[str]) -> tuple[str, ...]:
 
 def _last_word(event_type: str) -> str:
     return event_type.rsplit(".", 1)[-1]
-
-
-def _of_model(ref: str, globs: tuple[str, ...]) -> bool:
-    name = ref.partition("@")[0]
-    return any(fnmatchcase(ref if "@" in glob else name, glob) for glob in globs)
 
 
 def subscribe(
@@ -124,7 +126,7 @@ def subscribe(
     Args:
         settings: where the broker is and what the topic is called; or just host:port,…
         kpi: glob, or several, that the name of the KPI must match, case and all.
-        min_severity: the least severity; silence has none and passes.
+        min_severity: the least severity; silence has none and passes, and so does what mends an event that passed.
         model: glob, or several, on NAME or NAME@VERSION.
         rule: glob, or several, on the label of the rule.
         types: such as ["opened", "resolved"]; None for all.
@@ -162,7 +164,7 @@ async def _follow(
         isolation_level="read_committed",
         metadata_max_age_ms=round(_LOOK_FOR_PARTITIONS_S * 1000),
     )
-    seen: OrderedDict[str, None] = OrderedDict()
+    seen: OrderedDict[str, bool] = OrderedDict()  # id of an event -> whether it was wanted
     try:
         await consumer.start()
         at = [TopicPartition(topic, p) for p in range(partitions[topic])]
@@ -180,10 +182,11 @@ async def _follow(
                     continue
                 if event.id in seen:
                     continue
-                seen[event.id] = None
+                superseded = event.data.supersedes if isinstance(event.data, EventData) else ""
+                passes = seen[event.id] = wanted.matches(event, mends=seen.get(superseded, False))
                 if len(seen) > _REMEMBERED:
                     seen.popitem(last=False)
-                if wanted.matches(event):
+                if passes:
                     yield event
             await _take_new_partitions(consumer, topic)
     except KafkaError as e:

@@ -18,12 +18,13 @@ from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 from stream import events
 from stream import subscribe as module
 from stream.errors import BrokerError
-from stream.events import TYPE_OPENED, TYPE_RESOLVED, Event
+from stream.events import TYPE_CORRECTED, TYPE_OPENED, TYPE_RESOLVED, TYPE_RESUMED, TYPE_RETRACTED, Event
 from stream.settings import KafkaSettings
 from stream.subscribe import subscribe
 from stream.topics import ensure_topics
 from tests.e2e.program import Running, lines_of
 from tests.unit.test_report import event
+from tests.unit.test_subscribe import silence
 
 DEADLINE_S = 30.0
 
@@ -109,6 +110,21 @@ async def test_filters_and_a_topic_by_a_bare_address(broker: str, topic: str) ->
         await resolved.has(published[2:])
         await model.has(published)
         assert other.got == major.got == []
+
+
+async def test_silence_passes_and_so_does_what_mends_an_event_that_passed(broker: str, topic: str) -> None:
+    first = opened(1)
+    mended = event(TYPE_CORRECTED, "a1-r1", 1)
+    mended = msgspec.structs.replace(mended, data=msgspec.structs.replace(mended.data, supersedes=graver(first).id))
+    again = msgspec.structs.replace(mended, type=TYPE_RETRACTED, id="a1-retracted")
+    again = msgspec.structs.replace(again, data=msgspec.structs.replace(again.data, supersedes=mended.id))
+    async with (
+        Follower(broker, topic=topic, min_severity="critical") as critical,
+        Follower(broker, topic=topic, min_severity="critical", types=["opened", "silent"]) as few,
+    ):
+        await publish(broker, topic, [opened(9), graver(first), mended, silence(), silence(TYPE_RESUMED), again])
+        await critical.has([graver(first), mended, silence(), silence(TYPE_RESUMED), again])
+        await few.has([graver(first), silence()])
 
 
 async def test_partitions_that_come_later_are_followed(

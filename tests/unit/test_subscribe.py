@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
 
 from stream.commands.live import Kind, Severity
 from stream.errors import ConfigError
-from stream.events import SEVERITIES, TYPE_OPENED, TYPE_RESOLVED, Event
+from stream.events import (
+    SEVERITIES,
+    TYPE_CORRECTED,
+    TYPE_OPENED,
+    TYPE_RESOLVED,
+    TYPE_RESUMED,
+    TYPE_RETRACTED,
+    TYPE_SILENT,
+    Event,
+    SilenceData,
+    iso_time,
+    make_event,
+)
 from stream.subscribe import EVENT_TYPES, Filter, subscribe
+from tests.helpers import T0
 from tests.unit.test_report import event
 
 
@@ -19,20 +32,15 @@ def anomaly(kind: str = TYPE_OPENED, kpi: str = "checkout.latency", **data: Any)
     return msgspec.structs.replace(made, data=msgspec.structs.replace(made.data, **data))
 
 
-class Silence(msgspec.Struct, frozen=True):
-    """What the filter sees of an event that has neither severity nor model."""
-
-    kpi: str
-    rule: str = ""
-
-
-def silence(kind: str = "tocsin.kpi.silent", rule: str = "") -> Event:
-    made = anomaly()
-    return msgspec.structs.replace(made, type=kind, data=cast(Any, Silence(made.subject, rule)))
+def silence(kind: str = TYPE_SILENT, rule: str = "", kpi: str = "checkout.latency") -> Event:
+    data = SilenceData(
+        kpi=kpi, last_seen=iso_time(T0), interval_s=60.0, silent_after_s=600.0, basis="event_time", rule=rule
+    )
+    return make_event(kind, f"{kpi}-{kind}", T0, data)
 
 
 def test_without_options_all_pass() -> None:
-    every = [anomaly(), anomaly(TYPE_RESOLVED), anomaly("tocsin.anomaly.retracted"), silence()]
+    every = [anomaly(), anomaly(TYPE_RESOLVED), anomaly(TYPE_RETRACTED), silence()]
     assert all(Filter().matches(one) and Filter.of().matches(one) for one in every)
 
 
@@ -78,7 +86,8 @@ def test_model(globs: str | tuple[str, ...], passes: bool) -> None:
 
 
 def test_rule() -> None:
-    labelled = silence(rule="checkout")
+    labelled = anomaly(rule="checkout")
+    assert Filter.of(rule="checkout").matches(silence(rule="checkout"))
     assert Filter.of(rule="check*").matches(labelled) and not Filter.of(rule="db").matches(labelled)
     assert Filter.of(rule="").matches(silence()) and not Filter.of(rule="").matches(labelled)
     assert not Filter.of(rule="checkout").matches(silence())
@@ -89,11 +98,18 @@ def test_types(types: Any) -> None:
     wanted = Filter.of(types=types)
     assert wanted.matches(anomaly()) and not wanted.matches(anomaly(TYPE_RESOLVED))
     assert wanted.matches(silence()) is ("silent" in types)
-    assert not wanted.matches(silence("tocsin.kpi.resumed"))
+    assert not wanted.matches(silence(TYPE_RESUMED))
 
 
 def test_an_event_of_a_type_still_unknown_does_not_pass() -> None:
     assert not Filter().matches(anomaly("tocsin.anomaly.renamed"))
+
+
+def test_what_mends_an_event_that_was_wanted_is_wanted_whatever_its_severity() -> None:
+    corrected = anomaly(TYPE_CORRECTED, severity="warning")
+    assert not Filter.of(min_severity="major").matches(corrected)
+    assert Filter.of(min_severity="major").matches(corrected, mends=True)
+    assert not Filter.of(types=["opened"]).matches(corrected, mends=True)
 
 
 def test_silence_has_no_severity_and_no_model() -> None:
