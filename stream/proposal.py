@@ -27,6 +27,7 @@ LATE_CELLS_MAX = 14
 _SILENT_AFTER = 10  # intervals
 _SILENT_AFTER_MAX = 1_000
 _SILENT_SLACK = 1.5
+_USUAL_GAP = 0.9  # quantile of the longest gaps of a group's series
 _Q_MAX = 2e-3  # a tail that is to be exceeded more often is none
 _SPORADIC = 0.5  # share of places without a point
 
@@ -196,7 +197,9 @@ def _group(examined: Examined, match: tuple[str, ...], name: str, members: tuple
     late_ms = examined.late_ms[np.isin(examined.sample.slot, members)]
     late_ms = late_ms[late_ms > 0]
     most_ms = int(np.quantile(late_ms, _LATE_QUANTILE, method="higher")) if len(late_ms) else 0
-    longest = max((one.longest_gap for one in series if one.known), default=0)
+    # What one series of ten alone lacks for so long is an outage that somebody wants to be told of.
+    gaps = [one.longest_gap for one in series if one.known]
+    longest = float(np.quantile(gaps, _USUAL_GAP, method="lower")) if gaps else 0.0
     silent_after = max(_SILENT_AFTER, int(np.ceil(_SILENT_SLACK * longest)))
     sporadic = not any(one.known and one.missing < _SPORADIC for one in series)
     return Group(
@@ -350,7 +353,8 @@ def about(ms: float) -> str:
     for unit, length, below in (("ms", 1, 1_000), ("s", 1_000, 90_000), ("min", 60_000, 5_400_000)):
         if ms < below:
             return f"{ms / length:.3g} {unit}"
-    return f"{ms / _HOUR:.3g} h" if ms < 48 * _HOUR else f"{ms / 86_400_000:.3g} d"
+    days = ms / (24 * _HOUR)
+    return f"{ms / _HOUR:.3g} h" if days < 2 else f"{days:.3g} d" if days < 1_000 else f"{days:,.0f} d"
 
 
 def percent(share: float) -> str:

@@ -140,6 +140,8 @@ def test_silent_after_follows_the_gaps() -> None:
     there = [i for i in range(400) if not 50 <= i < 70]
     assert proposed(*(point("a", T0 + i * MINUTE) for i in there))[0]["silent_after"] == 30
     assert proposed(*regular("a", 100))[0]["silent_after"] == 10
+    outage = [point("a.0", T0 + i * MINUTE) for i in there]
+    assert proposed(*outage, *of([f"a.{k}" for k in range(1, 12)], n=50))[0]["silent_after"] == 10
     rare = [i for i in range(3000) if i % 1500 < 40]
     assert proposed(*(point("a", T0 + i * MINUTE) for i in rare))[0]["silent_after"] == "never"
 
@@ -255,7 +257,7 @@ def test_the_file_is_one_that_serve_takes(names: list[str], intervals: list[int]
 @pytest.mark.parametrize(
     ("ms", "said"),
     [(0, "0 ms"), (999, "999 ms"), (1500, "1.5 s"), (42_000, "42 s"), (90_000, "1.5 min"), (5_400_000, "1.5 h"),
-     (172_800_000, "2 d")],
+     (172_800_000, "2 d"), (86_400_000 * 4270, "4,270 d")],
 )  # fmt: skip
 def test_times_for_people(ms: int, said: str) -> None:
     assert about(ms) == said
