@@ -35,7 +35,7 @@ from stream.events import (
     rounded_to,
     significant,
 )
-from stream.incidents import Action, IncidentPolicy, Incidents, severity_of
+from stream.incidents import Action, IncidentPolicy, Incidents, State, severity_of
 from stream.placing import Cells, Placing
 from stream.policy import PolicyTable, Rule
 from stream.records import Reject
@@ -203,7 +203,7 @@ class Group:
     def accept(self, points: Columns, result: Result, *, want_scores: bool = False) -> None:
         """Take points in, in the order of their arrival, none of them missing; add what came of it to the result."""
         self.placing.begin_batch()
-        repeats = self.placing.repeats
+        repeats = self.placing.repeats + self.waiting.repeats
         while len(points):
             points, regridded = self.placing.release(points)
             if self.placing.changes:
@@ -241,7 +241,7 @@ class Group:
                     lead, start, order = lead[~after], start[~after], order[~after]
                 self._run(cells, order, lead, start, result, want_scores)
             points = rest
-        self.counts.duplicates += self.placing.repeats - repeats
+        self.counts.duplicates += self.placing.repeats + self.waiting.repeats - repeats
 
     def _lateness(self, slot: Int32Array) -> Int64Array:
         return self.placing.lateness_cells(slot, self.window)
@@ -293,8 +293,9 @@ class Group:
         restart = gap > self.window
         gap[restart] = 0
         kind = np.where(lead <= 0, _Kind.REPEAT, np.where(restart, _Kind.RESTART, _Kind.OBSERVED)).astype(np.uint8)
-        self.counts.duplicates += int((lead == 0).sum())
-        self.counts.late += int((lead < 0).sum())
+        points = (~np.isnan(cells.value[order])).sum(axis=1)  # a record of an entity brings several
+        self.counts.duplicates += int(points[lead == 0].sum())
+        self.counts.late += int(points[lead < 0].sum())
         self.counts.gaps += int(restart.sum())
         steps = _Steps(
             cells.slot[order], cells.cell[order], kind, cells.timestamp_ms[order], cells.value[order], cells.row[order]
@@ -438,10 +439,13 @@ class Group:
         anomaly = step.outcome == Outcome.ANOMALY
         if anomaly.any():
             anomaly &= self._deviates(judged, direction, rule)
+        # Without a threshold a point says nothing; a normal one matters where something goes on.
+        concerned = anomaly | ((step.outcome != Outcome.WARMING) & (self.incidents.state[slot] != State.CLEAR))
+        concerned_at = np.flatnonzero(concerned)
+        if not len(concerned_at):
+            return judged, anomaly
         action = np.full(len(slot), Action.NONE, np.uint8)
-        known = np.flatnonzero(step.outcome != Outcome.WARMING)  # without a threshold a point says nothing
-        if len(known):
-            action[known] = self._live_on(judged, anomaly, known)
+        action[concerned_at] = self._live_on(judged, anomaly, concerned_at)
         for i in np.flatnonzero(action == Action.OPENED).tolist():
             opened = int(self.incidents.opened_ms[slot[i]])
             self.incidents.id[slot[i]] = incident_id(self.names[slot[i]], opened, self.served.ref)
@@ -467,30 +471,30 @@ class Group:
             far: BoolArray = np.asarray((deviation >= least).any(axis=1))
         return far
 
-    def _live_on(self, judged: _Judged, anomaly: BoolArray, known: Int64Array) -> Int8Array:
-        """Feed the points `known` to the incidents of their series; return what to publish of each."""
-        slot, time, step = judged.slot[known], judged.timestamp_ms[known], judged.step
+    def _live_on(self, judged: _Judged, anomaly: BoolArray, which: Int64Array) -> Int8Array:
+        """Feed the points `which` to the incidents of their series; return what to publish of each."""
+        slot, time, step = judged.slot[which], judged.timestamp_ms[which], judged.step
         rule, table = self.rule[slot], self.table
-        muted = np.zeros(len(known), np.bool_)
-        hit = anomaly[known]
+        muted = np.zeros(len(which), np.bool_)
+        hit = anomaly[which]
         if hit.any():
             for one in np.unique(rule[hit]).tolist():
                 if self.rules[one].maintenance:
                     of_rule = np.flatnonzero(hit & (rule == one))
                     muted[of_rule] = self.rules[one].muted(time[of_rule])
-        value = judged.value[known, 0] if self.features == 1 else np.full(len(known), np.nan)
-        ratio = _ratio(judged.score[known], step.threshold[known])
-        ratio[(step.outcome[known] == Outcome.ANOMALY) & ~hit] = 0.0  # what deviates too little to matter is calm
+        value = judged.value[which, 0] if self.features == 1 else np.full(len(which), np.nan)
+        ratio = _ratio(judged.score[which], step.threshold[which])
+        ratio[(step.outcome[which] == Outcome.ANOMALY) & ~hit] = 0.0  # what deviates too little to matter is calm
         recover = table.recover_ratio[rule]
         return self.incidents.step(
             slot,
             time,
             hit,
-            severity_of(step.probability[known], self.q[slot]),
+            severity_of(step.probability[which], self.q[slot]),
             ratio,
             value,
             muted,
-            step.restarted[known] & hit,
+            step.restarted[which] & hit,
             policy=IncidentPolicy(
                 table.open_after[rule],
                 table.recover_after[rule],
@@ -514,8 +518,9 @@ class Group:
                 f"window, which begins at {iso_time(begins)}"
             )
             result.rejects.append(Reject(int(wave.row[i]), "too_late", detail))
-            self.counts.too_late += 1
-            self.counts.late -= 1
+            points = int((~np.isnan(wave.value[i])).sum())
+            self.counts.too_late += points
+            self.counts.late -= points
         wave = wave.take(inside)
         if not len(wave):
             return

@@ -24,6 +24,7 @@ class Waiting:
         cell: the cell that each place of the ring holds, (S, R) int64; NONE for an empty one.
         time_ms: latest event time of what came for it, (S, R) int64.
         value: (S, R, F) float64, NaN where nothing came.
+        repeats: values that took the place of another one in an open cell, so far.
     """
 
     def __init__(self, window: int, features: int) -> None:
@@ -34,6 +35,7 @@ class Waiting:
         self.cell: Int64Array = np.zeros((0, self.room), np.int64)
         self.time_ms: Int64Array = np.zeros((0, self.room), np.int64)
         self.value: Float64Array = np.zeros((0, self.room, features))
+        self.repeats = 0
 
     def resize(self, capacity: int) -> None:
         """Give room to `capacity` series; those that are there keep their rows."""
@@ -83,6 +85,7 @@ class Waiting:
         slot, at, row, time = points.slot[first], cell[first], points.row[first], points.timestamp_ms[first]
         value = np.full((len(first), self.features), np.nan)
         value[record, points.feature] = points.value
+        self.repeats += len(points) - int((~np.isnan(value)).sum())
 
         late = at <= self.closed[slot]
         if late.any():
@@ -100,19 +103,21 @@ class Waiting:
         if passed.any():
             ready.append(Cells(slot[passed], at[passed], time[passed], value[passed], row[passed]))
             self.closed[slot[passed]] = at[passed]
-            go_on = ~passed
-            slot, at, row, time, value = slot[go_on], at[go_on], row[go_on], time[go_on], value[go_on]
-
-        place = at % self.room
-        fresh = self.cell[slot, place] != at
-        self.cell[slot, place] = at
-        self.value[slot[fresh], place[fresh]] = np.nan
-        self.time_ms[slot, place] = np.where(fresh, time, np.maximum(self.time_ms[slot, place], time))
-        self.value[slot, place] = np.where(np.isnan(value), self.value[slot, place], value)
-
+        self._open(slot[~passed], at[~passed], time[~passed], value[~passed])
         while (due := self._complete(slot)).any():
             slot, row = slot[due], row[due]
             self._close(slot, self.closed[slot] + 1, row, ready)
+
+    def _open(self, slot: Int32Array, cell: Int64Array, time_ms: Int64Array, value: Float64Array) -> None:
+        """Keep what has come for cells that are open."""
+        place = cell % self.room
+        fresh = self.cell[slot, place] != cell
+        self.cell[slot, place] = cell
+        self.value[slot[fresh], place[fresh]] = np.nan
+        before = self.value[slot, place]
+        self.repeats += int((~np.isnan(before) & ~np.isnan(value)).sum())
+        self.time_ms[slot, place] = np.where(fresh, time_ms, np.maximum(self.time_ms[slot, place], time_ms))
+        self.value[slot, place] = np.where(np.isnan(value), before, value)
 
     def _oldest(self, slot: Int32Array) -> Int64Array:
         """Return the oldest open cell of each series, a very late one if it has none."""
