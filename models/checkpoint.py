@@ -1,7 +1,8 @@
 """The model repository, and the only module that touches disk.
 
 <root>/<name>/<version>/
-    config.json               format, family, shape, scaling, what it was trained on, SHA-256 of the other files
+    config.json               format, family, shape, names of the features, scaling, what it was trained on, SHA-256 of
+                              the other files
     model.safetensors         the weights, float32
     calibration.safetensors   scores of held-out windows, float32
     card.md                   the same for people
@@ -78,6 +79,7 @@ class Bundle:
     calibration: NDArray[np.float32]  # scores of held-out windows, oldest first, or empty
     interval_ms: int | None  # grid step of the training data; None when it was mixed or unknown
     training: Training = field(default_factory=Training)
+    metrics: tuple[str, ...] = ()  # names of the features of an entity's model, in order; empty for a KPI's
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ class Checkpoint:
     calibration: NDArray[np.float32]
     interval_ms: int | None
     training: Training
-    metrics: tuple[str, ...] = ()  # names of the features of an entity's model, in order
+    metrics: tuple[str, ...] = ()  # names of the features of an entity's model, in order; empty for a KPI's
 
     @property
     def ref(self) -> str:
@@ -100,8 +102,12 @@ class Checkpoint:
 
     @property
     def calibrated(self) -> bool:
-        """Whether `calibration` holds scores of the very KPI that the model was trained for."""
-        return self.model.config.scaling == "train" and len(self.calibration) > 0
+        """Whether `calibration` holds scores of the very KPI or entity that the model was trained for.
+
+        Entities can share their scaling where their metrics have the same range; their scores are then nobody's own.
+        """
+        alone = not self.metrics or len(self.training.sources) <= 1
+        return self.model.config.scaling == "train" and len(self.calibration) > 0 and alone
 
 
 class _Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -120,7 +126,7 @@ class _Scaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     usual_step: list[float] | None = None
 
 
-class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """config.json. JSON numbers are written as the shortest text that reads back as the same float64."""
 
     format: int
@@ -130,6 +136,7 @@ class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     interval_ms: int | None
     training: Training
     sha256: dict[str, str]
+    metrics: tuple[str, ...] = ()  # absent for a KPI's model
 
 
 class _Kind(msgspec.Struct):
@@ -164,6 +171,22 @@ def check_name(name: str) -> str:
             f"{name!r} is not the name of a model: 1 to 100 of a-z 0-9 _ . - are, without a leading dot or dash"
         )
     return name
+
+
+def metrics_problem(metrics: Sequence[str], features: int) -> str | None:
+    """Say why these cannot be the names of a model's features, or None when they can; no names can."""
+    if not metrics:
+        return None
+    if features == 1:
+        return f"metrics {list(metrics)} of a model of one feature; a KPI has a name and no metrics"
+    if len(metrics) != features:
+        return f"{len(metrics)} metrics for {features} features; each feature needs its name"
+    for name in metrics:
+        if not name or name.isspace() or not name.isprintable():
+            return f"{name!r} cannot be the name of a metric: it is empty or cannot be shown"
+    if twice := next((name for at, name in enumerate(metrics) if name in metrics[:at]), None):
+        return f"metric {twice!r} is there twice; every feature needs its own name"
+    return None
 
 
 def parse_ref(ref: str) -> tuple[str, int | None]:
@@ -312,7 +335,9 @@ def _read(path: Path, name: str, version: int) -> Checkpoint:
     except ConfigError as error:
         raise CheckpointError(f"{path / CONFIG}: {error}; restore it or train again") from error
     scores = _scores(path / CALIBRATION, content[CALIBRATION])
-    return Checkpoint(name, version, path, model, scores, config.interval_ms, config.training)
+    if problem := metrics_problem(config.metrics, shape.features):
+        raise CheckpointError(f"{path / CONFIG}: {problem}; restore it or train again")
+    return Checkpoint(name, version, path, model, scores, config.interval_ms, config.training, config.metrics)
 
 
 def _parse_config(path: Path) -> _Config:
@@ -427,6 +452,8 @@ def _files(name: str, bundle: Bundle) -> dict[str, bytes]:
     scores = torch.from_numpy(np.array(bundle.calibration, dtype=np.float32))
     if scores.ndim != 1 or not bool((torch.isfinite(scores) & (scores >= 0)).all()):
         raise CheckpointError(f"{name}: the calibration must be one vector of finite scores >= 0; train again")
+    if problem := metrics_problem(bundle.metrics, model.features):
+        raise CheckpointError(f"{name}: {problem}")
     content = {
         WEIGHTS: dump_safetensors(dict(model.weights())),
         CALIBRATION: dump_safetensors({"scores": scores}),
@@ -444,6 +471,7 @@ def _files(name: str, bundle: Bundle) -> dict[str, bytes]:
         interval_ms=bundle.interval_ms,
         training=bundle.training,
         sha256={file: hashlib.sha256(content[file]).hexdigest() for file in FILES},
+        metrics=bundle.metrics,
     )
     content[CONFIG] = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
     return content
@@ -453,7 +481,10 @@ def _card(name: str, bundle: Bundle) -> str:
     """The model for people, in Markdown."""
     model, training = bundle.model, bundle.training
     config = model.config
-    use = "the KPI it was trained on" if config.scaling == "train" else "KPIs it has never seen"
+    one, several = ("KPI", "KPIs") if config.features == 1 else ("entity", "entities")
+    use = f"the {one} it was trained on" if config.scaling == "train" else f"{several} it has never seen"
+    if bundle.metrics and config.scaling == "train" and len(training.sources) > 1:
+        use = f"{several} in the range of those it was trained on"
     interval = "mixed or unknown" if bundle.interval_ms is None else f"{bundle.interval_ms / 1000:g} s"
     lines = [
         f"# {name}",
@@ -461,7 +492,7 @@ def _card(name: str, bundle: Bundle) -> str:
         f"DeepAnT, {model.parameters:,} parameters: forecasts the next point of {use} from the {config.window} points "
         "before it. The error of the forecast is the anomaly score.",
         "",
-        f"- features: {config.features}",
+        f"- features: {config.features}" + (f": {', '.join(bundle.metrics)}" if bundle.metrics else ""),
         f"- interval of the training data: {interval}",
         f"- scaling: {config.scaling}",
         f"- calibration: {len(bundle.calibration)} scores of held-out windows",
