@@ -12,6 +12,7 @@ Rules, decided once per file:
   …: the file is long, each row names its KPI). Every other column is a KPI; with more than one the file is wide.
 - Names: a file with one KPI takes the `kpi` argument, or its own stem; a wide one `<stem>.<column>`; a long one its own
   names. In a wide or long file the `kpi` argument picks one KPI.
+- Entities, where they are asked for: a file is one entity, named by its stem; its KPIs are the metrics.
 - Time: 1970 to 2200. Epoch numbers, whole or not, or ISO 8601 (`YYYY-MM-DD`, then optionally the time and the zone; no
   zone is UTC). Numbers are seconds if their median is below 1e11, else milliseconds. Where that median lies after
   September 2001, a number ten times smaller or larger is a torn one and refused. Rounded to the millisecond.
@@ -28,9 +29,9 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +85,7 @@ class Table:
 
     Attributes:
         path: the file.
-        names: its KPIs, in order of appearance.
+        names: its KPIs, in order of appearance; or the one entity.
         timestamp_ms: (N,) int64, milliseconds since 1970 UTC; unsorted and repeated if the file is.
         kpi: (N,) int32, index into names.
         value: (N,) float64; NaN = missing, never infinite.
@@ -92,6 +93,8 @@ class Table:
         line: (N,) int64, the line number in the file, from 1.
         refused: the first `MAX_REFUSED` lines that were left out.
         n_refused: how many were left out in all.
+        metrics: of the entity, in order of its columns; empty in a file of KPIs.
+        feature: (N,) int32, index into metrics; 0 of a KPI.
     """
 
     path: Path
@@ -103,6 +106,8 @@ class Table:
     line: npt.NDArray[np.int64]
     refused: tuple[RefusedLine, ...]
     n_refused: int
+    metrics: tuple[str, ...]
+    feature: npt.NDArray[np.int32]
 
     @property
     def labelled(self) -> bool:
@@ -115,11 +120,13 @@ class Points:
     """The points of several files as one stream, in the order of replay.
 
     Attributes:
-        names: the KPIs; the same name in two files is the same KPI.
+        names: the KPIs and entities; the same name in two files is the same one.
         timestamp_ms: (N,) int64, milliseconds since 1970 UTC.
         kpi: (N,) int32, index into names.
         value: (N,) float64; NaN = missing.
-        label: (N,) int8: 1 anomalous, 0 normal, -1 unknown.
+        label: (N,) int8: 1 anomalous, 0 normal, -1 unknown. The points of an entity's record share its label.
+        metrics: of each name; those of a KPI are empty. None at all: they are all KPIs.
+        feature: (N,) int32, index into the metrics of its entity; 0 of a KPI. None at all: they are all KPIs.
     """
 
     names: tuple[str, ...]
@@ -127,6 +134,42 @@ class Points:
     kpi: npt.NDArray[np.int32]
     value: npt.NDArray[np.float64]
     label: npt.NDArray[np.int8]
+    metrics: tuple[tuple[str, ...], ...] = ()
+    feature: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+
+    def __post_init__(self) -> None:
+        """Give KPIs what only entities have."""
+        if not self.metrics:
+            object.__setattr__(self, "metrics", ((),) * len(self.names))
+        if not len(self.feature):
+            object.__setattr__(self, "feature", np.zeros(len(self.value), np.int32))
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def take(self, which: slice | npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Self:
+        """Return the points that `which` names, in its order."""
+        columns = ("timestamp_ms", "kpi", "value", "label", "feature")
+        return replace(self, **{name: getattr(self, name)[which] for name in columns})
+
+    @property
+    def begins(self) -> npt.NDArray[np.bool_]:
+        """Which points begin a record, (N,): each of a KPI; of an entity those of one line are one record."""
+        begins = np.ones(len(self), np.bool_)
+        begins[1:] = (
+            (np.diff(self.kpi) != 0) | (np.diff(self.timestamp_ms) != 0) | (self.feature[1:] <= self.feature[:-1])
+        )
+        return begins
+
+    @property
+    def record(self) -> npt.NDArray[np.int64]:
+        """The record of each point, (N,), counted from 0."""
+        record: npt.NDArray[np.int64] = np.cumsum(self.begins, dtype=np.int64) - 1
+        return record
+
+    def series(self, k: int) -> tuple[str, ...]:
+        """Return what the k-th KPI or entity may be watched as: its own name, and those of its metrics as KPIs."""
+        return (self.names[k], *(f"{self.names[k]}.{metric}" for metric in self.metrics[k]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +186,19 @@ class _Layout:
     series: int | None
 
 
-def read_table(path: Path, *, kpi: str | None = None) -> Table:
+def read_table(path: Path, *, kpi: str | None = None, entity: bool = False) -> Table:
     """Read one CSV file by the rules at the top of this module.
 
     Args:
         path: the file, plain or gzip.
         kpi: name of the KPI of a file with one; the KPI to pick of a wide file (`<stem>.<column>` or `<column>`) or
-            of a long one.
+            of a long one; the name of the entity.
+        entity: the file is one entity, and its columns are the metrics.
 
     Raises:
         InputError: the file does not exist or cannot be read, is damaged or binary, has no rows, no time or no value
-            column, no KPI of that name, or more than half of its lines are refused.
+            column, no KPI of that name, or more than half of its lines are refused. As an entity it is long, or its
+            name or a metric's cannot be one.
     """
     numbers, texts, separator = _content(path, _decode(path, _read_bytes(path)))
     layout = _layout(path, texts, separator)
@@ -161,6 +206,7 @@ def read_table(path: Path, *, kpi: str | None = None) -> Table:
         numbers, texts = numbers[1:], texts[1:]
     if not texts:
         raise InputError(f"{path}: a header and no rows; {_EXPECTED}")
+    metrics = _metrics(path, kpi, layout) if entity else ()
 
     series = SeriesIndex()
     parts = [_parse(texts[i : i + _CHUNK], layout, series) for i in range(0, len(texts), _CHUNK)]
@@ -181,7 +227,10 @@ def read_table(path: Path, *, kpi: str | None = None) -> Table:
 
     # Melt: a line with F values gives F rows.
     n, width = int(good.sum()), values.shape[1]
-    if layout.series is None:
+    feature = np.tile(np.arange(width, dtype=np.int32), n) if entity else np.zeros(n * width, np.int32)
+    if entity:
+        names, row_kpi = (kpi or _stem(path),), np.zeros(n * width, np.int32)
+    elif layout.series is None:
         names = _names(path, kpi, layout)
         row_kpi = np.tile(np.arange(width, dtype=np.int32), n)
     else:
@@ -198,6 +247,8 @@ def read_table(path: Path, *, kpi: str | None = None) -> Table:
         line=np.repeat(numbers[good], width),
         refused=refused,
         n_refused=len(bad),
+        metrics=metrics,
+        feature=feature,
     )
     return table if kpi is None or table.names == (kpi,) else _pick(table, kpi)
 
@@ -210,19 +261,31 @@ def merge(tables: Sequence[Table]) -> Points:
     before it), and equal times go by the order of the files.
     """
     names: dict[str, int] = {}
+    metrics: dict[str, dict[str, int]] = {}  # of each name, and their places
     for table in tables:
         for name in table.names:
             names.setdefault(name, len(names))
+            known = metrics.setdefault(name, {})
+            for metric in table.metrics:
+                known.setdefault(metric, len(known))
     # The arrival time of a row is the newest timestamp that its file had reached.
     arrival = _join([np.maximum.accumulate(table.timestamp_ms) for table in tables], np.int64)
     order = np.argsort(arrival, kind="stable") if len(tables) > 1 else slice(None)
     index = [np.array([names[name] for name in table.names], np.int32)[table.kpi] for table in tables]
+    feature = [
+        np.array([metrics[table.names[0]][metric] for metric in table.metrics], np.int32)[table.feature]
+        if table.metrics
+        else table.feature
+        for table in tables
+    ]
     return Points(
         names=tuple(names),
         timestamp_ms=_join([table.timestamp_ms for table in tables], np.int64)[order],
         kpi=_join(index, np.int32)[order],
         value=_join([table.value for table in tables], np.float64)[order],
         label=_join([table.label for table in tables], np.int8)[order],
+        metrics=tuple(tuple(known) for known in metrics.values()),
+        feature=_join(feature, np.int32)[order],
     )
 
 
@@ -397,6 +460,27 @@ def _names(path: Path, kpi: str | None, layout: _Layout) -> tuple[str, ...]:
     return tuple(f"{_stem(path)}.{_printable(layout.header[i])}" for i in layout.values)
 
 
+def _metrics(path: Path, name: str | None, layout: _Layout) -> tuple[str, ...]:
+    """Return the metrics of a file that is an entity.
+
+    Raises:
+        InputError: it is long, or a name cannot be one.
+    """
+    if layout.header is None:
+        metrics = ["value"]
+    elif layout.series is not None:
+        raise InputError(
+            f"{path}: column {layout.header[layout.series]!r} names the KPI of each row; an entity needs a line a time, "
+            "with a column for each of its metrics"
+        )
+    else:
+        metrics = [_printable(layout.header[i]) for i in layout.values]
+    for metric in metrics:
+        if problem := name_problem(f"{name or _stem(path)}.{metric}"):
+            raise InputError(f"{path}: metric {_short(metric)}: {problem}")
+    return tuple(metrics)
+
+
 def _pick(table: Table, kpi: str) -> Table:
     """Return the rows of one KPI.
 
@@ -407,16 +491,15 @@ def _pick(table: Table, kpi: str) -> Table:
     if not wanted:
         raise InputError(f"{table.path}: no KPI {kpi!r}; it has {_short(', '.join(table.names), 200)}")
     rows = table.kpi == wanted[0]
-    return Table(
-        path=table.path,
+    return replace(
+        table,
         names=(table.names[wanted[0]],),
         timestamp_ms=table.timestamp_ms[rows],
         kpi=np.zeros(int(rows.sum()), np.int32),
         value=table.value[rows],
         label=table.label[rows],
         line=table.line[rows],
-        refused=table.refused,
-        n_refused=table.n_refused,
+        feature=table.feature[rows],
     )
 
 
