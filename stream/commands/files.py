@@ -19,6 +19,7 @@ from stream.commands.shared import (
     FewOnly,
     Files,
     Json,
+    RulesRef,
     print_summary,
     say,
     settings_with,
@@ -62,6 +63,7 @@ def backtest(
     window: Annotated[int, typer.Option(help="Window of the model to train, points.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     checkpoint: CheckpointRef = None,
+    rules: RulesRef = None,
 ) -> None:
     """Show what would have fired in CSV files, without servers.
 
@@ -77,7 +79,7 @@ def backtest(
     from stream.report import summarise
     from stream.service import detector_factory, load_checkpoint, use_one_thread
 
-    settings = settings_with(checkpoint)
+    settings = settings_with(checkpoint, rules)
     points = csvfile.merge(tables_of(files))
     use_one_thread()
     first = 0

@@ -26,6 +26,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 CheckpointRef = Annotated[
     str | None, typer.Option(help="Checkpoint that scores, NAME or NAME@VERSION; none: that of the settings.")
 ]
+RulesRef = Annotated[
+    Path | None, typer.Option("--rules", help="Rules file; none: that of the settings.", metavar="FILE")
+]
 
 
 def say(text: str) -> None:
@@ -33,12 +36,12 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def settings_with(checkpoint: str | None = None) -> Settings:
-    """Return the settings; `checkpoint` takes the place of theirs."""
+def settings_with(checkpoint: str | None = None, rules: Path | None = None) -> Settings:
+    """Return the settings; what is given takes the place of theirs."""
     from stream.settings import load_settings
 
-    settings = load_settings()
-    return settings if checkpoint is None else settings.model_copy(update={"checkpoint": checkpoint})
+    given = {"checkpoint": checkpoint, "rules": None if rules is None else str(rules)}
+    return load_settings().model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
 def tables_of(files: Sequence[Path]) -> list[Table]:
