@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
@@ -15,6 +16,7 @@ from stream.settings import KafkaSettings
 _RETRY_BACKOFF_MS = 20
 _FETCH_BYTES = 8 << 20  # of one partition; 1 MiB, the default, halves the throughput of small records
 _SESSION_TIMEOUT_MS = 10_000
+_CLOCK = re.compile(r"clock_ms=(\d+) offset=(\d+)")
 REJECT_BYTES_MAX = 256 << 10  # of a refused record that are kept: with its headers it must fit the broker's 1 MiB
 
 
@@ -82,19 +84,39 @@ class Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]
         await self._revoked(sorted(revoked))
 
 
-_CLOCK = "clock_ms="
+class Clock(NamedTuple):
+    """A time up to which silence was judged, and the offset before which all records had been taken in by then."""
+
+    ms: int = 0
+    offset: int = 0
 
 
-def clock_metadata(clock_ms: int) -> str:
-    """Return what is committed with an offset: the time up to which silence was judged."""
-    return f"{_CLOCK}{clock_ms}"
+def clock_metadata(clock: Clock) -> str:
+    """Return a clock as it is committed with an offset."""
+    return f"clock_ms={clock.ms} offset={clock.offset}"
 
 
-async def committed_offset(consumer: AIOKafkaConsumer, at: TopicPartition) -> tuple[int | None, int]:
-    """Return the committed offset of a partition and the clock that was committed with it; None and 0 without one."""
+async def committed_offset(consumer: AIOKafkaConsumer, at: TopicPartition) -> tuple[int | None, Clock]:
+    """Return the committed offset of a partition, None without one, and the clock that was committed with it."""
     # The public `committed` returns the offset alone, and the admin client would be one more connection a partition.
     found = (await consumer._coordinator.fetch_committed_offsets([at])).get(at)
     if found is None or found.offset < 0:
-        return None, 0
-    clock = found.metadata.removeprefix(_CLOCK)
-    return found.offset, int(clock) if clock.isdecimal() else 0
+        return None, Clock()
+    clock = _CLOCK.fullmatch(found.metadata or "")
+    return found.offset, Clock(int(clock[1]), int(clock[2])) if clock else Clock()
+
+
+def read_up_to(consumer: AIOKafkaConsumer, at: TopicPartition) -> int | None:
+    """Return when the broker last said that a partition holds nothing but what the consumer has handed out.
+
+    In ms since 1970; None while something waits, or where nothing is known. It stands still while the broker cannot be
+    reached, and does not wait for the markers of transactions, which are never handed out.
+    """
+    # Neither is there in public: `position` waits, and the two must be of one answer of the broker.
+    assigned = consumer._subscription.subscription
+    if assigned is None or assigned.assignment is None or at not in assigned.assignment.tps:
+        return None
+    state = assigned.assignment.state_value(at)
+    if state.timestamp is None or not state.has_valid_position or state.position < state.highwater:
+        return None
+    return int(state.timestamp)

@@ -6,7 +6,7 @@ The order that makes the output exactly-once, whatever is killed when:
 3. `_flush` writes the state as of an offset to the store, once that offset is settled, never before.
 4. `start`, after a crash or a move, restores the state, seeks to its offset, and goes through the records up to the
    committed offset with outputs muted: they were published before. The clock up to which silence had been judged by
-   then is the metadata of that offset; it is judged up to once more, muted.
+   then is the metadata of that offset, with the offset at which it was; there it is judged once more, muted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +26,7 @@ from stream.columns import BoolArray, Int32Array
 from stream.detector import Detector
 from stream.errors import BrokerError, StoreError
 from stream.events import Event
-from stream.kafka import REJECT_BYTES_MAX, clock_metadata, committed_offset, transactional_producer
+from stream.kafka import REJECT_BYTES_MAX, Clock, clock_metadata, committed_offset, transactional_producer
 from stream.records import Reject
 from stream.settings import Settings
 from stream.store import Saved, Store
@@ -34,6 +34,7 @@ from stream.store import Saved, Store
 log = logging.getLogger(__name__)
 
 NOTHING = -1  # no offset: the store has no state of the partition
+CLOCK_FIELD = b"\x00clock_ms"  # of the stored state; a series' name holds no control characters
 
 
 @dataclass(slots=True)
@@ -58,11 +59,14 @@ class Partition:
         self.muted_until = 0  # what came of records before this offset is already published
         self.settled = 0  # the committed offset
         self.flushed = NOTHING  # the offset that the store's state belongs to
-        self.clock_ms = 0  # up to which silence has been judged by the clock
+        self.clock = Clock()  # up to which silence has been judged, and where in the log
         self.published = 0
         self.rejected = 0
         self._producer: AIOKafkaProducer | None = None
         self._pending = _Pending()
+        self._said = 0  # events and rejects so far, pending or not
+        self._told = 0  # of them in a committed transaction
+        self._repeat: Clock | None = None  # to be judged again, muted
         self._dirty: BoolArray = np.zeros(0, np.bool_)
         self._work = asyncio.Event()
         self._settlement = asyncio.Condition()
@@ -87,19 +91,27 @@ class Partition:
         # The producer first: its start ends a transaction that a killed owner left open, so that the committed offset
         # read after it is final.
         self._producer = transactional_producer(self.settings.kafka, self.at)
-        await self._producer.start()
-        committed, self.clock_ms = await committed_offset(consumer, self.at)
+        try:
+            await self._producer.start()
+            await self._restore(consumer)
+        except BaseException:
+            await self._producer.stop()
+            raise
+        self._tasks = [
+            asyncio.create_task(self._settle_loop(), name=f"settle {self.at}"),
+            asyncio.create_task(self._flush_loop(), name=f"flush {self.at}"),
+        ]
+
+    async def _restore(self, consumer: AIOKafkaConsumer) -> None:
+        committed, self.clock = await committed_offset(consumer, self.at)
         state = await self.store.load(self.settings.kafka.group, self.at.topic, self.at.partition)
         begin = (await consumer.beginning_offsets([self.at]))[self.at]
-        wanted = begin
+        wanted, known = begin, Clock()
         if state is not None:
-            restored = snapshot.unpack(self.detector, state.blobs)
-            for problem in restored.refused:
-                log.error("%s: %s; the series starts anew", self.at, problem)
-            if restored.recalibrating:
-                log.warning("%s: %d series calibrate anew: other model", self.at, restored.recalibrating)
+            known = Clock(_number(state.blobs.pop(CLOCK_FIELD, b"")), state.offset)
+            series = self._unpack(self.detector, state.blobs)
             wanted = self.flushed = state.offset
-            log.info("%s: restored %d series as of offset %d", self.at, restored.series, state.offset)
+            log.info("%s: restored %d series as of offset %d", self.at, series, state.offset)
         elif committed:
             log.warning("%s: no state in the store; rebuilding it from offset %d on, muted", self.at, begin)
         self.muted_until = self.settled = committed or 0
@@ -107,12 +119,20 @@ class Partition:
         if self.position > wanted:
             log.warning("%s: the log begins at %d, the state ends at %d: points are missing", self.at, begin, wanted)
         consumer.seek(self.at, self.position)
-        if self.position >= self.muted_until:
-            self._judge_muted()
-        self._tasks = [
-            asyncio.create_task(self._settle_loop(), name=f"settle {self.at}"),
-            asyncio.create_task(self._flush_loop(), name=f"flush {self.at}"),
-        ]
+        # A state of a later clock knows it; and one of a later offset does, as it was judged at an earlier one.
+        if known.ms < self.clock.ms and known.offset <= self.clock.offset:
+            self._repeat = self.clock
+            self._judge_again()
+        self.clock = max(self.clock, known)
+
+    def _unpack(self, detector: Detector, blobs: Mapping[bytes, bytes]) -> int:
+        """Restore series; return how many."""
+        restored = snapshot.unpack(detector, blobs)
+        for problem in restored.refused:
+            log.error("%s: %s; the series starts anew", self.at, problem)
+        if restored.recalibrating:
+            log.warning("%s: %d series calibrate anew: other model", self.at, restored.recalibrating)
+        return restored.series
 
     async def stop(self) -> None:
         """Settle and flush what has been taken in, then let go."""
@@ -141,16 +161,23 @@ class Partition:
 
     def accept(self, batch: Sequence[ConsumerRecord]) -> None:
         """Take a batch in; what comes of it waits for the next transaction."""
-        muted = bisect.bisect_left(batch, self.muted_until, key=lambda record: record.offset)
-        if muted:
+        muted = bisect.bisect_left(batch, self.muted_until, key=_offset)
+        if self._repeat is not None:
+            before = bisect.bisect_left(batch, self._repeat.offset, key=_offset, hi=muted)
+            self._accept(batch[:before], muted=True)
+            if before < len(batch):  # whether or not its records are all there still
+                self.position = max(self.position, self._repeat.offset)
+            self._judge_again()
+            self._accept(batch[before:muted], muted=True)
+        else:
             self._accept(batch[:muted], muted=True)
-            if self.position >= self.muted_until:
-                self._judge_muted()
         if muted < len(batch):
             self._accept(batch[muted:], muted=False)
             self._work.set()
 
     def _accept(self, batch: Sequence[ConsumerRecord], *, muted: bool) -> None:
+        if not batch:
+            return
         arrival_ms = np.array([record.timestamp for record in batch], np.int64)
         columns, rejects = records.decode(
             [record.value for record in batch],
@@ -164,10 +191,13 @@ class Partition:
         if muted:
             return
         self._say(result.events)
-        self._pending.rejects += [(reject, batch[reject.row]) for reject in rejects + result.rejects]
+        refused = [(reject, batch[reject.row]) for reject in rejects + result.rejects]
+        self._pending.rejects += refused
+        self._said += len(refused)
 
     def _say(self, said: Sequence[Event]) -> None:
         self._pending.events += [(event, self.detector.topics_of(event)) for event in said]
+        self._said += len(said)
 
     def _touch(self, slots: Int32Array) -> None:
         """Note that the state of these series has changed."""
@@ -177,27 +207,29 @@ class Partition:
 
     def judge_silence(self, now_ms: int) -> None:
         """Find out who is silent by the clock; all records that had arrived by then have been taken in."""
-        if self.position < self.muted_until or now_ms <= self.clock_ms:
+        if self.position < self.muted_until or self._repeat is not None or now_ms <= self.clock.ms:
             return
-        self.clock_ms = now_ms
+        self.clock = Clock(now_ms, self.position)
         if said := self.detector.clock(now_ms):
             self._touch(np.array([self.detector.index[event.subject] for event in said], np.int32))
             self._say(said)
             self._work.set()
 
-    def _judge_muted(self) -> None:
-        """Judge once more, muted, what was judged by the clock before the last commit."""
-        if said := self.detector.clock(self.clock_ms):
+    def _judge_again(self) -> None:
+        """Judge once more, muted, what was judged by the clock before the last commit, once its place is reached.
+
+        Exactly there: what came later may bear an earlier time, and was not judged yet when the owner was killed.
+        """
+        if self._repeat is None or self.position < self._repeat.offset:
+            return
+        if said := self.detector.clock(self._repeat.ms):
             self._touch(np.array([self.detector.index[event.subject] for event in said], np.int32))
+        self._repeat = None
 
     def change_detector(self, detector: Detector) -> None:
-        """Go on with another detector: the series keep their state as far as it fits."""
+        """Go on with another detector, one without series: those of this one keep their state as far as it fits."""
         slots = np.arange(len(self.detector.index.names), dtype=np.int32)
-        restored = snapshot.unpack(detector, snapshot.pack(self.detector, slots))
-        for problem in restored.refused:
-            log.error("%s: %s; the series starts anew", self.at, problem)
-        if restored.recalibrating:
-            log.warning("%s: %d series calibrate anew: other model", self.at, restored.recalibrating)
+        self._unpack(detector, snapshot.pack(self.detector, slots))
         detector.counts.add(self.detector.counts)
         self.detector = detector
         self._dirty = np.ones(detector.capacity, np.bool_)
@@ -219,7 +251,7 @@ class Partition:
         """Commit all that is pending, and the offset behind it, in one transaction."""
         assert self._producer is not None
         kafka = self.settings.kafka
-        position, pending, clock = self.position, self._pending, clock_metadata(self.clock_ms)
+        position, pending, said, clock = self.position, self._pending, self._said, clock_metadata(self.clock)
         self._pending = _Pending()
         async with self._producer.transaction():
             for event, further in pending.events:
@@ -238,7 +270,7 @@ class Partition:
         self.published += len(pending.events)
         self.rejected += len(pending.rejects)
         async with self._settlement:
-            self.settled = position
+            self.settled, self._told = position, said
             self._settlement.notify_all()
 
     # -- state ----------------------------------------------------------------------------------------------------
@@ -257,17 +289,18 @@ class Partition:
 
         What the store has lost in the meantime is written whole: memory has all of it.
         """
-        offset, whole = self.position, self.flushed == NOTHING
-        if offset == self.flushed:
+        offset, said, detector, whole = self.position, self._said, self.detector, self.flushed == NOTHING
+        names = len(detector.index.names)
+        if offset == self.flushed and not self._dirty[:names].any():
             return
-        names = len(self.detector.index.names)
         changed = np.arange(names) if whole else np.flatnonzero(self._dirty[:names])
         slots = changed.astype(np.int32)
-        blobs = snapshot.pack(self.detector, slots)
+        blobs = snapshot.pack(detector, slots) | {CLOCK_FIELD: b"%d" % self.clock.ms}
         self._dirty[:] = False
         try:
-            async with self._settlement:  # state must not run ahead of what is published
-                await self._settlement.wait_for(lambda: self.settled >= offset)
+            # State must not run ahead of what is published, also where it changed without a record: by the clock.
+            async with self._settlement:
+                await self._settlement.wait_for(lambda: self.settled >= offset and self._told >= said)
             kafka = self.settings.kafka
             saved = await self.store.save(
                 kafka.group,
@@ -279,7 +312,8 @@ class Partition:
                 whole=whole,
             )
         except BaseException:
-            self._dirty[slots] = True
+            if self.detector is detector:  # of another one all is to be written anyway
+                self._dirty[slots] = True
             raise
         if saved is Saved.OUTDATED:
             raise StoreError(f"a later state of {self.at} is stored: another worker has the partition")
@@ -300,6 +334,14 @@ async def _end(task: asyncio.Task[None]) -> None:
     while not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=0.1)
+
+
+def _offset(record: ConsumerRecord) -> int:
+    return int(record.offset)
+
+
+def _number(text: bytes) -> int:
+    return int(text) if text.isdigit() else 0
 
 
 def _reject_headers(reject: Reject, record: ConsumerRecord) -> list[tuple[str, bytes]]:

@@ -12,7 +12,7 @@ from aiokafka.errors import KafkaError
 
 from stream.detector import Counts, Detector
 from stream.errors import BrokerError, TocsinError
-from stream.kafka import Rebalance, points_consumer
+from stream.kafka import Rebalance, points_consumer, read_up_to
 from stream.partition import Partition
 from stream.reload import RulesFile
 from stream.ruleset import RuleSet
@@ -26,7 +26,7 @@ _POLL_MS = 200
 _SLICE_S = 0.1  # what is taken in at once should take no longer
 _TURN_S = 0.002
 _SLICE_MIN = 100  # records
-_FETCHED_WITHIN_MS = 5_000  # what the broker has had for so long has been fetched, or is known to be there
+_UNDER_WAY_MS = 5_000  # a record may reach the broker so long after the time that it bears
 
 
 class Worker:
@@ -82,13 +82,8 @@ class Worker:
         """
         kafka = self.settings.kafka
         await self.store.connect(self.settings.redis.connect_timeout_s)
-        topics = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic)
-        await ensure_topics(
-            kafka.bootstrap_servers,
-            dict.fromkeys(topics, kafka.partitions),
-            replication_factor=kafka.replication,
-            deadline_s=kafka.connect_timeout_s,
-        )
+        rules = None if self._rules_file is None else self._rules_file.current
+        await self._ensure_topics((kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic), rules)
         self._consumer = consumer = points_consumer(kafka)
         try:
             await consumer.start()
@@ -99,6 +94,8 @@ class Worker:
         try:
             while not self._stop.is_set():
                 await self._poll()
+                if watching.done():
+                    watching.result()
         finally:
             watching.cancel()
             try:
@@ -108,14 +105,33 @@ class Worker:
                 await consumer.stop()  # lets an assignment that is under way come to its end
                 await asyncio.shield(self._revoke(list(self.partitions)))
 
+    async def _ensure_topics(self, topics: Sequence[str], rules: RuleSet | None) -> None:
+        """Make sure that topics are there, and those that rules publish to."""
+        kafka = self.settings.kafka
+        further = [topic for rule in rules.rules for topic in rule.topics] if rules is not None else []
+        await ensure_topics(
+            kafka.bootstrap_servers,
+            dict.fromkeys((*topics, *further), kafka.partitions),
+            replication_factor=kafka.replication,
+            deadline_s=kafka.connect_timeout_s,
+        )
+
     async def _watch_rules(self) -> None:
-        """Take new rules over when their file changes; wrong ones are told of, and what is in force stays."""
+        """Take new rules over when their file changes; wrong ones are told of, once, and what is in force stays."""
+        waiting: RuleSet | None = None  # for the broker, to have their topics
         while self._rules_file is not None:
             await asyncio.sleep(self.settings.rules_poll_s)
             try:
-                rules = await asyncio.to_thread(self._rules_file.changed)
-                if rules is not None:
-                    self._next_detector = await asyncio.to_thread(self._detectors, rules)
+                waiting = await asyncio.to_thread(self._rules_file.changed) or waiting
+                if waiting is not None:
+                    rules, waiting = waiting, None
+                    detectors = await asyncio.to_thread(self._detectors, rules)
+                    try:
+                        await self._ensure_topics((), rules)
+                    except BrokerError:
+                        waiting = rules
+                        raise
+                    self._next_detector = detectors
             except TocsinError as e:
                 log.error("the rules that were in force stay: %s", e)
 
@@ -128,15 +144,16 @@ class Worker:
             partition.change_detector(self.make_detector())
         log.info("new rules are in force (%s)", self.settings.rules)
 
-    def _judge_silence(self, asked_ms: int) -> None:
+    def _judge_silence(self) -> None:
         """Let partitions of which everything has been read up to a time judge by it who is silent."""
+        if self._stop.is_set():  # perhaps in the middle of a batch
+            return
         for at, partition in self.partitions.items():
-            if partition.position >= (self._consumer.highwater(at) or 0) and at not in self._consumer.paused():
-                partition.judge_silence(asked_ms - _FETCHED_WITHIN_MS)
+            if (read_ms := read_up_to(self._consumer, at)) is not None:
+                partition.judge_silence(read_ms - _UNDER_WAY_MS)
 
     async def _poll(self) -> None:
         self._take_over_rules()
-        asked_ms = int(time.time() * 1000)
         batches = await self._consumer.getmany(timeout_ms=_POLL_MS, max_records=self.settings.kafka.max_poll_records)
         # A partition that comes or goes from here on must not see these records: a new one seeks to its own offset.
         owned = {at: self.partitions[at] for at in batches if at in self.partitions}
@@ -151,7 +168,7 @@ class Worker:
                 batch = batch[len(part) :]
                 self._slice = max(int(_SLICE_S / max(per_record_s, 1e-6)), _SLICE_MIN)
                 await self._give_way()
-        self._judge_silence(asked_ms)
+        self._judge_silence()
         if self._problem is not None:
             if isinstance(self._problem, TocsinError):
                 raise self._problem
@@ -172,8 +189,11 @@ class Worker:
 
     async def _assign(self, assigned: Sequence[TopicPartition]) -> None:
         async def take(at: TopicPartition) -> None:
-            partition = Partition(at, self.settings, self.make_detector, self.store)
+            made_by = self.make_detector
+            partition = Partition(at, self.settings, made_by, self.store)
             await partition.start(self._consumer)
+            if self.make_detector is not made_by:  # the rules have changed meanwhile
+                partition.change_detector(self.make_detector())
             self.partitions[at] = partition  # at once: what is fetched behind the seek must find it
 
         try:
