@@ -26,6 +26,7 @@ TYPE_RETRACTED = "tocsin.anomaly.retracted"
 TYPE_SILENT = "tocsin.kpi.silent"
 TYPE_RESUMED = "tocsin.kpi.resumed"
 
+NO_DURATION = 0.0  # this very object: it is by identity that a default is known, and left out of the JSON
 CONTENT_TYPE = "application/cloudevents+json; charset=UTF-8"
 
 
@@ -95,7 +96,7 @@ class EventData(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     features: list[Feature] = []
     reason: str = ""
     last_anomaly: str = ""
-    duration_s: float = 0.0
+    duration_s: float = NO_DURATION
     peak: Peak | None = None
     supersedes: str = ""
     health: str = ""

@@ -40,7 +40,7 @@ from stream.placing import Cells, Placing
 from stream.policy import PolicyTable, Rule
 from stream.records import Reject
 from stream.results import Counts, DetectorConfig, Result, Scores, Served
-from stream.revision import Said, Statement, mend
+from stream.revision import Said, Statement, forget, mend, say
 from stream.waiting import Waiting
 from stream.windows import Windows
 
@@ -213,7 +213,10 @@ class Group:
                 self.windows.forget_steps(regridded)
                 self.copied[regridded] = NONE
                 for one in regridded.tolist():  # what was said of another grid stands
-                    self.published.pop(one, None)
+                    if one in self.published:
+                        for statement in self.published[one]:
+                            statement.cell = NONE
+                        self.published[one] = forget(self.published[one], NONE + 1, self._ongoing(one))
                     self.fills.pop(one, None)
                 self.counts.regridded += len(regridded)
             wait = self.placing.waiting[points.slot]
@@ -562,7 +565,7 @@ class Group:
         for one, oldest in zip(slot.tolist(), self.copied[slot, 1].tolist(), strict=True):
             if oldest != NONE:
                 if one in self.published:
-                    self.published[one] = [said for said in self.published[one] if said.cell >= oldest]
+                    self.published[one] = forget(self.published[one], oldest, self._ongoing(one))
                 if one in self.fills:
                     self.fills[one] = [fill for fill in self.fills[one] if fill[0] >= oldest]
 
@@ -607,6 +610,12 @@ class Group:
                 result.events.append(event)
                 result.event_rows.append(int(wave.row[i]))
 
+    def _ongoing(self, slot: int) -> str:
+        """Return the incident that goes on in a series, "" for none, whether it has been told of or not."""
+        if self.incidents.state[slot] == State.CLEAR:
+            return ""
+        return f"{incident_id(self.names[slot], int(self.incidents.opened_ms[slot]), self.served.ref):016x}"
+
     def _standing(self, slot: int, incident: str) -> tuple[SeverityName, int] | None:
         """Return severity and anomalous points of an incident, if it is the newest one of a series."""
         if f"{int(self.incidents.id[slot]):016x}" != incident:
@@ -617,10 +626,8 @@ class Group:
 
     def _publish(self, output: _Output, result: Result) -> None:
         for slot, said in output.said:
-            if self.corrects[slot]:
-                statement = Statement(said.cell, said.event.id, said.event.id, said.event)
-                self.published.setdefault(slot, []).append(statement)
-            result.events.append(said.event)
+            event = say(self.published.setdefault(slot, []), said) if self.corrects[slot] else said.event
+            result.events.append(event)
             result.event_rows.append(said.row)
 
     def _event(self, point: _Judged, i: int, action: Action) -> Event:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from stream.events import TYPE_CORRECTED, TYPE_RETRACTED, Event, EventData, SeverityName
+from stream.events import NO_DURATION, TYPE_CORRECTED, TYPE_RETRACTED, Event, EventData, SeverityName
 
 Standing = Callable[[str], tuple[SeverityName, int] | None]
 
@@ -58,28 +58,50 @@ def mend(published: list[Statement], cell: int, said: Sequence[Said], standing: 
         if data.incident not in retracted:
             severity, anomalies = standing(data.incident) or (data.severity, data.anomalies)
             still = msgspec.structs.replace(
-                data, severity=severity, anomalies=anomalies, reason="", last_anomaly="", duration_s=0.0, peak=None
+                data,
+                severity=severity,
+                anomalies=anomalies,
+                reason="",
+                last_anomaly="",
+                duration_s=NO_DURATION,
+                peak=None,
             )
             events.append((one.cell, _superseding(published, one, TYPE_CORRECTED, still, one.event.time)))
         elif _opens(one):
             events.append((one.cell, _superseding(published, one, TYPE_RETRACTED, data, one.event.time)))
     for new in said:
-        old = next((one for one in published if one.plain == new.event.id), None)
-        event = new.event
+        old = next((one for one in published if one.live and one.plain == new.event.id), None)
         if old is None:
-            published.append(Statement(new.cell, event.id, event.id, event))
+            events.append((new.cell, say(published, new)))
+        elif _gist(old.event) == _gist(new.event):
+            old.cell = new.cell
         else:
-            if not old.live:
-                event = msgspec.structs.replace(event, id=_next_id(published, old.plain))
-            elif _gist(old.event) != _gist(event):
-                event = _superseding(published, old, TYPE_CORRECTED, _data(event), event.time)
-            old.cell, old.live = new.cell, True
-            old.event, unchanged = new.event, event is new.event
-            if unchanged:
-                continue
-        events.append((new.cell, event))
+            event = _superseding(published, old, TYPE_CORRECTED, _data(new.event), new.event.time)
+            old.cell, old.event = new.cell, new.event
+            events.append((new.cell, event))
     events.sort(key=lambda one: one[0])
     return [event for _, event in events]
+
+
+def say(published: list[Statement], new: Said) -> Event:
+    """Return the event that says something for the first time, or again: then it has an id of its own."""
+    event = new.event
+    old = next((one for one in published if one.plain == event.id), None)
+    if old is None:
+        published.append(Statement(new.cell, event.id, event.id, event))
+        return event
+    old.cell, old.live, old.event = new.cell, True, event
+    return msgspec.structs.replace(event, id=_next_id(published, old.plain))
+
+
+def forget(published: list[Statement], oldest: int, ongoing: str) -> list[Statement]:
+    """Return the statements without those of cells before the oldest that can still be revised.
+
+    What is no longer said, but could be said again, stays, lest its ids be used twice: statements of the incident that
+    goes on, or that a revision may let go on.
+    """
+    alive = {_data(one.event).incident for one in published if one.cell >= oldest} | {ongoing}
+    return [one for one in published if one.cell >= oldest or (not one.live and _data(one.event).incident in alive)]
 
 
 def _superseding(published: list[Statement], old: Statement, event_type: str, data: EventData, time: str) -> Event:
