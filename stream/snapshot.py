@@ -240,16 +240,15 @@ def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
             refused.append(e)
     detector.admit()
     for name, slot, header, body in opened:
-        number = int(detector.group_of[slot]) if slot >= 0 else -1
-        if number < 0 and int(header["features"]) == 1:
+        features = int(header["features"])
+        rule = detector.rule_for(name, entity=features > 1)
+        if rule < 0 or detector.served[rule] is None:
             continue
+        number = int(detector.group_of[slot]) if slot >= 0 else -1
         try:
-            group = detector.groups[number]
-            if number < 0 or group.features != int(header["features"]):
-                raise StateError(
-                    f"state of {name!r}: it has {header['features']} features; the model of its rule takes others"
-                )
-            sorts[number, int(header["window"])].append(_cut(name, slot, group, header, body))
+            if number < 0 or detector.groups[number].features != features:
+                raise StateError(f"state of {name!r}: it has {features} features; the model of its rule takes others")
+            sorts[number, int(header["window"])].append(_cut(name, slot, detector.groups[number], header, body))
         except StateError as e:
             refused.append(e)
     series = recalibrating = 0
@@ -311,14 +310,7 @@ def _restore(detector: Detector, group: Group, window: int, blobs: list[_Blob]) 
     refused = _put(group, at, _fitted(group, rows, window), same, [one.name for one in blobs])
     group.first_score_ms[at[~same]] = NEVER
 
-    asked = detector.table.interval_ms[detector.rule_of[slots]]
-    regrid = (asked > 0) & (asked != rows["interval_ms"])
-    if regrid.any():
-        moved = at[regrid]
-        group.placing.interval_ms[moved], group.placing.phase_ms[moved] = asked[regrid], NO_PHASE
-        group.placing.probing[moved] = group.placing.waiting[moved]
-        group.windows.filled[moved] = 0
-        group.windows.forget_steps(moved)
+    regrid = _set_grids(group, at, detector.table.interval_ms[detector.rule_of[slots]])
     group.resume(at)
     for i, one in enumerate(blobs):
         if one.tail is not None and not regrid[i]:
@@ -326,6 +318,21 @@ def _restore(detector: Detector, group: Group, window: int, blobs: list[_Blob]) 
     interval = np.where(group.placing.probing[at], 0, group.placing.interval_ms[at])
     detector.silence.span_ms[slots] = detector.table.silent_after[detector.rule_of[slots]] * interval
     return int((~same).sum()), refused
+
+
+def _set_grids(group: Group, at: Int32Array, asked: Int64Array) -> BoolArray:
+    """Bring restored grids in line with the intervals that are asked for now; return which begin anew, (K,)."""
+    placing, windows = group.placing, group.windows
+    regrid: BoolArray = (asked > 0) & (asked != placing.interval_ms[at])
+    placing.phase_ms[at[regrid]] = NO_PHASE
+    windows.filled[at[regrid]] = 0
+    windows.forget_steps(at[regrid])
+    # Without a phase an interval was that of a rule. With one, only immediate series that infer it probe again.
+    unknown = placing.phase_ms[at] == NO_PHASE
+    placing.interval_ms[at[unknown]] = asked[unknown]
+    waiting = placing.waiting[at]
+    placing.probing[at] = np.where(unknown, waiting | (asked == 0), placing.probing[at] & ~waiting & (asked == 0))
+    return regrid
 
 
 def _put(group: Group, at: Int32Array, rows: AnyArray, same_model: BoolArray, names: list[str]) -> list[StateError]:
@@ -376,12 +383,16 @@ def _put_tail(group: Group, slot: int, tail: _Tail, *, revisable: bool) -> None:
     if tail.open and group.placing.waiting[slot]:
         points = _points(slot, tail.open)
         cell: Int64Array = group.placing.cell(points.slot, points.timestamp_ms)
+        room = cell > cell.max() - group.waiting.room  # of a narrower window there is less
+        points, cell = points.take(room), cell[room]
         group.waiting.restore(slot, int(group.waiting.closed[slot]), points, cell)
     past = tail.revisable
     if past is None or not revisable or not group.corrects[slot]:
         return
-    copies = np.frombuffer(past.copies, row_dtype(group))
-    _put(group, np.array([slot + 1, slot + 2], np.int32), copies, np.ones(2, np.bool_), ["", ""])
+    at, copies = np.array([slot + 1, slot + 2], np.int32), np.frombuffer(past.copies, row_dtype(group))
+    _put(group, at, copies, np.ones(2, np.bool_), ["", ""])
+    group.threshold.set_risk(at, group.q[slot])  # what the rule asks for now, as of the series itself
+    group.threshold.set_drift(at, int(group.table.drift[group.rule[slot]]))
     group.copied[slot] = past.copied
     group.raw[slot] = np.frombuffer(past.raw, "<f8").reshape(group.raw.shape[1:])
     group.stamp[slot] = np.frombuffer(past.stamp, "<i8")
