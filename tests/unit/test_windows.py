@@ -210,7 +210,7 @@ def test_resize_keeps_the_rows() -> None:
 
 
 @pytest.mark.parametrize("features", [1, 3])
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(15))
 def test_windows_equal_a_pandas_frame_on_the_grid(seed: int, features: int) -> None:
     """Random gaps, flags, late and repeated points, restarts; the truth is the long series, cut to its last cells."""
     rng = np.random.default_rng(seed)
