@@ -128,6 +128,7 @@ class Group:
         self.series: Int32Array = np.zeros(0, np.int32)  # slot of each row in the detector; -1 of a copy
         self.q: Float64Array = np.zeros(0)
         self.first_score_ms: Int64Array = np.zeros(0, np.int64)
+        self.shift: Float64Array = np.zeros((0, self.features))  # of what was flagged last, from what was expected
         # Of series that correct their events: the cells that the two copies were taken before, and what came since.
         self.corrects: BoolArray = np.zeros(0, np.bool_)
         self.copied: Int64Array = np.zeros((0, 2), np.int64)
@@ -170,6 +171,7 @@ class Group:
             ("series", -1, new),
             ("q", 0.0, new),
             ("first_score_ms", NEVER, new),
+            ("shift", 0.0, new),
             ("corrects", False, new),
             ("copied", NONE, new),
             ("raw", np.nan, correcting),
@@ -401,16 +403,25 @@ class Group:
     ) -> None:
         """Keep what was flagged from being learned: of an entity, the features with more than an average share of it.
 
-        One that lies far from its forecast enters the window as missing, a near one at the edge of the band.
+        One that lies far from its forecast enters the window as missing, a near one at the edge of the band. In an
+        incident that goes on, values that lie off by as much as the ones before enter without that shift.
         """
         at = np.flatnonzero(flagged)
-        rows = which[at]
+        rows, slot, value = which[at], judged.slot[at], value[which[at]]
         square = np.square(judged.error[at] / judged.error[at].max(axis=1, keepdims=True))
-        out = ~np.isnan(value[rows]) & (square * self.features >= square.sum(axis=1, keepdims=True))  # (K, F)
-        ratio = _ratio(judged.score[at], judged.step.threshold[at])[:, None]
-        expected = judged.forecast.expected[at]
-        edge = expected + (value[rows] - expected) / ratio
-        instead = np.where(ratio <= self.config.follow_ratio, edge, completion[rows])
+        out = ~np.isnan(value) & (square * self.features >= square.sum(axis=1, keepdims=True))  # (K, F)
+        threshold, expected = judged.step.threshold[at, None], judged.forecast.expected[at]
+        ratio = _ratio(judged.score[at, None], threshold)
+        near = ratio <= self.config.follow_ratio
+        edge = expected + (value - expected) / ratio
+        # What moves as ever, only shifted, still shows how the normal goes on: a season does not wait for an incident.
+        shift = self.shift[slot]
+        goes_on = (self.incidents.anomalies[slot] > 1)[:, None]
+        with np.errstate(invalid="ignore"):
+            as_ever = np.abs(value - shift - expected) <= threshold * judged.forecast.spread[at]
+        parallel = goes_on & ~near & as_ever
+        self.shift[slot] = np.where(out & ~parallel, value - expected, shift)
+        instead = np.where(near, edge, np.where(parallel, value - shift, completion[rows]))
         seen[rows] = np.where(out, instead, seen[rows])
         learn[rows] &= ~out
 
@@ -572,7 +583,7 @@ class Group:
     def _copy_rows(self, source: Int32Array, target: Int32Array) -> None:
         for part in (self.windows, self.threshold, self.incidents):
             part.copy_rows(source, target)
-        self.first_score_ms[target] = self.first_score_ms[source]
+        self.first_score_ms[target], self.shift[target] = self.first_score_ms[source], self.shift[source]
 
     def _revise(self, wave: _Steps, result: Result) -> None:
         """Go back to before the cells of late points, take them in, and go through what came since once more."""

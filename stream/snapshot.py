@@ -90,6 +90,7 @@ def row_dtype(group: Group, window: int | None = None) -> np.dtype[np.void]:
             ("arrived_ms", "<i8"),
             ("silent", "u1"),
             ("first_score_ms", "<i8"),
+            ("shift", "<f8", (f,)),
             ("newest", "<i8"),
             ("filled", "<i4"),
             ("origin", "<f8", (f,)),
@@ -139,7 +140,7 @@ def _records(group: Group, at: Int32Array) -> AnyArray:
     rows = np.zeros(len(at), row_dtype(group))
     for part, fields in (
         (group.placing, Placing.ARRAYS),
-        (group, ("first_score_ms",)),
+        (group, ("first_score_ms", "shift")),
         (group.windows, _WINDOW_FIELDS),
         (group.incidents, Incidents.ARRAYS),
     ):
@@ -346,7 +347,7 @@ def _put(group: Group, at: Int32Array, rows: AnyArray, same_model: BoolArray, na
                 group.threshold.unpack(at[i : i + 1], rows["threshold"][i : i + 1])
             except StateError as e:
                 refused.append(StateError(f"state of {names[i]!r}: {e}"))
-    group.first_score_ms[at] = rows["first_score_ms"]
+    group.first_score_ms[at], group.shift[at] = rows["first_score_ms"], rows["shift"]
     for part, fields in ((group.windows, _WINDOW_FIELDS), (group.incidents, Incidents.ARRAYS)):
         for name in fields:
             getattr(part, name)[at] = rows[name]
