@@ -154,7 +154,9 @@ class Detector:
         heard = Result()
         if len(points):
             span = self._span(self.rule_of[points.slot], self._intervals(points))
-            changes = self.silence.accept(points.slot, points.timestamp_ms, arrived, points.row, span)
+            # A clock that runs ahead must not make all others look silent: no event is later than its arrival.
+            time = np.where(arrived >= 0, np.minimum(points.timestamp_ms, arrived), points.timestamp_ms)
+            changes = self.silence.accept(points.slot, time, arrived, points.row, span)
             self._tell(changes, "event_time", heard)
         result.events = heard.events + result.events  # of one record and series the silence comes first
         result.event_rows = heard.event_rows + result.event_rows
