@@ -42,18 +42,10 @@ import numpy as np
 import numpy.typing as npt
 
 from models.gpd import Float64Array, IntArray, fit_gpd, tail_probability, tail_quantile
+from models.phases import CALIBRATING, GROWING, RING
 from models.prior import Prior
 from models.risk import FEW, PotConfig, tail_mass
-from models.tail import (
-    CALIBRATING,
-    GROWING,
-    RING,
-    WARM_ITERATIONS,
-    AnyArray,
-    BoolArray,
-    Float32Array,
-    Tails,
-)
+from models.tail import WARM_ITERATIONS, AnyArray, BoolArray, Float32Array, Tails
 
 __all__ = ["Health", "Outcome", "PotConfig", "Prior", "Spot", "Step", "fit_gpd", "tail_probability", "tail_quantile"]
 
@@ -62,8 +54,7 @@ _LEAK = 8  # points without an alarm that outweigh one alarm
 _MISTRUST_ONSETS = 3  # runs of alarms at which the prior is wrong for a row: so many incidents in a first day are not
 _MISTRUST_ALARMS, _MISTRUST_SHARE = 10, 0.1  # ... or alarms, and a share of all scores besides: it is no incident
 _MEAN_MIN = 30  # scores in a moving mean before scores relative to it are learnt from
-_DOUBT = 1e-3  # chance of counts so far from the promised ones
-_FAR_SHARE, _FAR_ALARMS = 2.0, 10.0  # ... which are called drift if also so many times too high or too low
+_IMPROBABLE = 1e-3  # chance of a count so far from the promised one
 
 
 class Outcome(IntEnum):
@@ -281,7 +272,7 @@ class Spot:
         if early:
             some = np.flatnonzero((phase < RING) & learns)
             s["low"][rows[some]] = np.minimum(s["low"][rows[some]], x32[some])
-            s["n_excess"][rows[excess & ~anomaly & (phase == CALIBRATING)]] += 1  # over the t of the prior
+            s["n_excess"][rows[excess & learns & ~anomaly & (phase == CALIBRATING)]] += 1  # over the t of the prior
         again = n >= s["due"][rows]
         if again.any():
             again &= learns & ((phase > CALIBRATING) | may_start)
@@ -312,10 +303,10 @@ class Spot:
         return s["n_alarms"][rows].astype(np.int64), s["judged"][rows]
 
     def health(self, rows: IntArray) -> npt.NDArray[np.uint8]:
-        """Return a Health each, (K,): whether counts are as promised, by a Poisson test at 1e-3.
+        """Return a Health each, (K,).
 
-        Alarms in a run count once, and a row is called drifting only if they come ten times as often or as rarely as
-        promised, or excesses twice: a true incident, or the error of a fit from few scores, is no drift.
+        A row is drifting if a Poisson test at 1e-3 refuses that excesses come at most twice, and runs of alarms thrice,
+        as often or as rarely as promised: the error of a fit from few scores, and a few true incidents, are no drift.
         """
         s = self._tails.state
         phase, z = s["phase"][rows], s["z"][rows]
@@ -324,8 +315,8 @@ class Spot:
         distinct = (excess[:, 1:] & (peaks[:, 1:] > peaks[:, :-1])).sum(axis=-1) + excess[:, 0]
         rate, judged = 1 - self.config.level, s["judged"][rows]
         recent = np.where(phase == RING, s["n"][rows] - s["mark"][rows], 0)
-        drifting = _far(s["cursor"][rows] * (recent > 0), rate * recent, _FAR_SHARE)
-        drifting |= _far(s["onsets"][rows], s["promised"][rows] + s["q"][rows] * judged, _FAR_ALARMS)
+        drifting = _far(s["cursor"][rows] * (recent > 0), rate * recent, 2.0)
+        drifting |= _far(s["onsets"][rows], s["promised"][rows] + s["q"][rows] * judged, 3.0)
         health = np.where(drifting, Health.DRIFTING, Health.OK)
         health = np.where((phase >= GROWING) & (distinct < FEW), Health.DEGENERATE, health)
         health = np.where(phase == CALIBRATING, Health.PRIOR, health)
@@ -358,7 +349,7 @@ class Spot:
         """Let the prior judge calibrating rows no longer for which it is plainly wrong."""
         s = self._tails.state
         n, share = s["n"][rows], s["share"][rows]
-        wrong = _far(s["n_excess"][rows], share * n, _FAR_SHARE)
+        wrong = _improbable(s["n_excess"][rows], share * n, 1.0) & (s["n_excess"][rows] > 2.0 * share * n)
         wrong |= s["n_alarms"][rows] > _MISTRUST_ALARMS + _MISTRUST_SHARE * n
         wrong |= s["onsets"][rows] >= _MISTRUST_ONSETS
         self._tails.leave_prior(rows[wrong])
@@ -395,7 +386,12 @@ def _relative(x: Float32Array, depth: int) -> tuple[float, Float32Array]:
 
 
 def _far(count: IntArray, promised: Float64Array, ratio: float) -> BoolArray:
-    """Return where a count is so many times off and that improbable (Chernoff's bound of the Poisson tail)."""
-    promised = np.maximum(promised, 1e-12)
-    unlikely = count * np.log(np.maximum(count, 1) / promised) - count + promised > -np.log(_DOUBT)
-    return np.asarray(unlikely & ((count > ratio * promised) | (count * ratio < promised)))
+    """Return where so high or low a count is improbable even if the promise is wrong by the ratio."""
+    return np.asarray(_improbable(count, promised * ratio, 1.0) | _improbable(count, promised / ratio, -1.0))
+
+
+def _improbable(count: IntArray, mean: Float64Array, side: float) -> BoolArray:
+    """Return where a Poisson count lies so far above the mean (side 1), or below it (-1), by Chernoff's bound."""
+    mean = np.maximum(mean, 1e-12)
+    bound = count * np.log(np.maximum(count, 1) / mean) - count + mean
+    return np.asarray((bound > -np.log(_IMPROBABLE)) & ((count - mean) * side > 0))

@@ -6,14 +6,15 @@ arrival; then they are a ring of the excesses over t, the newest in the place of
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from models.errors import StateError
-from models.gpd import SHAPE_MAX, SHAPE_MIN, Float64Array, IntArray, TailFit, refit_gpd
+from models.gpd import Float64Array, IntArray, TailFit, refit_gpd
 from models.outliers import find_incidents, find_outliers
+from models.phases import CALIBRATING, GROWING, RELEARNING, RING, validate
 from models.prior import Prior
 from models.risk import FEW, SHAPE_MEAN, SHAPE_SPREAD, PotConfig, predictive_reach
 
@@ -21,13 +22,10 @@ Float32Array: TypeAlias = npt.NDArray[np.float32]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 AnyArray: TypeAlias = npt.NDArray[Any]
 
-# The phases. A row below GROWING has no fit to its own scores, or an old one; one below RING has no final t.
-CALIBRATING, RELEARNING, GROWING, RING = 0, 1, 2, 3
-NEVER: Final = 2**62
 COLD_ITERATIONS, MOVED_ITERATIONS, WARM_ITERATIONS = 8, 4, 2  # Newton steps: first fit, new t, one new excess
 _PATIENCE = 2  # times the scores that should fill a ring, between looks whether excesses come far too rarely
 _DRIFT = 4.0  # excesses this many times as often, or as rarely, as the level says: t is out of date
-_CHUNK = 256  # rows fitted at once: what they need stays in the processor's cache
+_CHUNK = 128  # rows fitted at once: what they need stays in the processor's cache
 
 
 class Tails:
@@ -133,7 +131,7 @@ class Tails:
                 f"packed threshold state is {packed.shape} of {packed.dtype.itemsize} bytes; expected {(len(rows),)} "
                 f"of {self.dtype.itemsize} (max_excess={self.config.max_excess}); rebuild from the log"
             )
-        _validate(packed, self.config)
+        validate(packed, self.config)
         for name in self._fields:
             self.state[name][rows] = packed[name]
         self.any_depth |= bool(packed["depth"].any())
@@ -446,51 +444,3 @@ class Tails:
 def _scrambled(size: int) -> IntArray:
     """Return 0 ... size-1 in an order in which any stretch is spread evenly: by the golden ratio."""
     return np.argsort((np.arange(size) * 0.6180339887498949) % 1.0, kind="stable")
-
-
-def _validate(packed: AnyArray, config: PotConfig) -> None:
-    """Raise StateError, naming field and value, unless every row is one that `Tails` could have made."""
-    f = {name: packed[name] for name in packed.dtype.names or ()}
-    size, finite = config.max_excess, np.isfinite
-    phase, held, n, n_excess, t, z = (f[name] for name in ("phase", "held", "n", "n_excess", "t", "z"))
-    fresh, ring, fitted = phase == CALIBRATING, phase == RING, phase >= GROWING
-    used = np.arange(size) < held[:, None]
-    peaks, ceilings = f["peaks"], f["ceilings"]
-    above = (used & (peaks > t[:, None])).sum(axis=-1)
-    counted = np.where(ring, (n_excess >= held) & (held == above), n_excess == above)
-    counted = np.where(fitted, counted & (n_excess <= n), (n_excess >= 0) & (~fresh | (n_excess <= n)))
-    capped = np.where(fitted[:, None], ceilings >= peaks, (ceilings >= 0) & finite(ceilings))
-    checks: tuple[tuple[str, Any], ...] = (
-        ("phase", phase <= RING),
-        ("n", (n >= 0) & (n < NEVER)),
-        ("held", (held <= size) & (held <= n) & (ring | (held >= np.minimum(n, size // 2)))),
-        ("cursor", np.where(ring, f["cursor"] < size, f["cursor"] == 0)),
-        ("n_excess", counted),
-        ("due", (f["due"] > 0) & (f["due"] <= NEVER)),
-        ("mark", (f["mark"] >= 0) & (f["mark"] <= n)),
-        ("t", np.where(fresh, finite(t) == finite(z), finite(t))),
-        ("z", np.where(fresh, (z == np.inf) | (z >= t), finite(z) & (z >= t))),
-        ("shape", (f["shape"] >= SHAPE_MIN) & (f["shape"] <= SHAPE_MAX)),
-        ("scale", finite(f["scale"]) & (f["scale"] >= 0)),
-        ("var_shape", finite(f["var_shape"]) & (f["var_shape"] >= 0)),
-        ("covariance", finite(f["covariance"])),
-        ("var_log_scale", finite(f["var_log_scale"]) & (f["var_log_scale"] >= 0)),
-        ("share", (f["share"] >= 0) & (f["share"] <= 1)),
-        ("q", (f["q"] > 0) & (f["q"] <= config.q_max)),
-        ("low", np.where(n == 0, f["low"] == np.inf, finite(f["low"]))),
-        ("peaks", np.where(used, finite(peaks), peaks == -np.inf).all(axis=-1)),
-        ("ceilings", np.where(used, capped, ceilings == np.inf).all(axis=-1)),
-        ("settled", f["settled"] <= f["depth"]),
-        ("mean", np.where(f["settled"] > 0, finite(f["mean"]), f["mean"] == 0)),
-        ("judged", f["judged"] >= 0),
-        ("n_alarms", f["n_alarms"] <= f["judged"]),
-        ("onsets", f["onsets"] <= f["n_alarms"]),
-        ("promised", finite(f["promised"])),
-    )
-    for name, good in checks:
-        if not good.all():
-            row = int(np.flatnonzero(~good)[0])
-            raise StateError(
-                f"threshold state {row} of {len(packed)} is damaged: {name}={f[name][row]!r} does not fit the rest; "
-                "drop it and rebuild from the log"
-            )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import genpareto
 
 from models.gpd import Float64Array, tail_probability, tail_quantile
-from models.pot import Outcome, PotConfig, Spot
+from models.pot import Outcome, PotConfig, Prior, Spot
 
 CONFIG = PotConfig(q=2e-3, min_scores=60, min_excess=12, max_excess=24)  # small: every phase within 1,500 steps
 risks, scales = st.floats(1e-6, 1e-2), st.floats(1e-3, 1e3)
@@ -102,3 +102,61 @@ def test_any_state_can_be_saved_and_restored(seed: int, at: int) -> None:
         assert (step.threshold[step.outcome > Outcome.WARMING] > -np.inf).all()
         if i >= at:
             assert np.array_equal(restored.step(rows, x, may_start).outcome, step.outcome)
+
+
+def a_spot(rng: np.random.Generator, rows: int) -> Spot:
+    """Return rows of many kinds: with and without a prior, of several risks and depths."""
+    prior = Prior.fit(rng.exponential(size=12_000), CONFIG)
+    spot = Spot(CONFIG, rows, prior if rng.random() < 0.5 else None)
+    everyone = np.arange(rows)
+    spot.set_drift(everyone, rng.choice([0, 0, 5, 40], rows))
+    spot.set_risk(everyone, rng.choice([2e-3, 1e-3, 5e-3], rows))
+    return spot
+
+
+def same(spot: Spot, other: Spot, rows: int) -> bool:
+    return spot.pack(np.arange(rows)).tobytes() == other.pack(np.arange(rows)).tobytes()
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=seeds, at=st.integers(0, 450))
+def test_saving_at_any_point_changes_nothing_and_no_row_knows_its_neighbours(seed: int, at: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, everyone = 12, np.arange(12)
+    spot = a_spot(rng, rows)
+    saved = Spot(CONFIG, rows, spot._tails.prior)
+    saved.unpack(everyone, spot.pack(everyone))
+    for i, x in enumerate(mixed_scores(rng, 500, rows)):
+        may_start = rng.random(rows) < 0.9
+        if i == at:
+            packed = saved.pack(everyone)
+            saved = Spot(CONFIG, rows, spot._tails.prior)
+            saved.unpack(everyone, packed)
+        spot.step(everyone, x, may_start)
+        for part in np.split(rng.permutation(rows), [5, 6]):
+            saved.step(part, x[part], may_start[part])
+    assert same(spot, saved, rows)
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=seeds, steps=st.integers(0, 400))
+def test_copied_rows_and_risks_set_back_leave_no_trace(seed: int, steps: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, everyone, yes = 10, np.arange(10), np.ones(10, np.bool_)
+    spot = a_spot(rng, rows)
+    scores = mixed_scores(rng, steps + 200, rows)
+    for x in scores[:steps]:
+        spot.step(everyone, x, yes)
+    spot.resize(2 * rows)
+    copies = everyone + rows
+    spot.copy_rows(everyone, copies)
+    risk = spot.pack(copies)["q"]
+    spot.set_risk(copies, 3e-3)
+    spot.set_risk(copies, risk)
+    assert spot.pack(copies).tobytes() == spot.pack(everyone).tobytes()
+    for x in scores[steps:]:
+        first, second = spot.step(everyone, x, yes), spot.step(copies, x, yes)
+        assert np.array_equal(first.outcome, second.outcome)
+        assert np.array_equal(first.threshold, second.threshold, equal_nan=True)
+    assert spot.pack(copies).tobytes() == spot.pack(everyone).tobytes()
+    assert np.array_equal(spot.health(copies), spot.health(everyone))

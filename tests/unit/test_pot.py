@@ -16,7 +16,7 @@ import pytest
 
 from models.errors import ConfigError, StateError
 from models.gpd import Float64Array
-from models.pot import Outcome, PotConfig, Spot
+from models.pot import Health, Outcome, PotConfig, Prior, Spot
 
 DATA = os.environ.get("TOCSIN_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="TOCSIN_TEST_DATA does not name the folder of labelled data")
@@ -382,6 +382,296 @@ def test_a_level_shift_for_good_is_learnt_after_max_alarms() -> None:
     alarm = run(Spot(PotConfig(q=1e-3), 16), scores) == Outcome.ANOMALY
     assert alarm[4000:4990].all()
     assert alarm[5300:].mean() < 0.005
+
+
+def test_scores_that_have_fallen_for_good_bring_the_threshold_down() -> None:
+    rng = np.random.default_rng(0)
+    steps, rows = 40_000, 16
+    spot = Spot(PotConfig(q=1e-3), rows)
+    scale = np.where(np.arange(steps) < 8000, 1.0, 0.25)[:, None]
+    scores = np.abs(rng.standard_normal((steps, rows))) * scale
+    outcome = run(spot, scores[:-10_000])
+    everyone, may_start = np.arange(rows), np.ones(rows, np.bool_)
+    assert (spot.pack(everyone)["z"] < 1.3).all()
+    assert (outcome[8000:] == Outcome.ANOMALY).mean() < 2e-3  # it is followed without a flood
+    late = run(spot, scores[-10_000:])
+    assert 0.3e-3 < (late == Outcome.ANOMALY).mean() < 2e-3
+    assert (spot.step(everyone, np.full(rows, 2.0), may_start).outcome == Outcome.ANOMALY).all()
+
+
+def test_a_row_that_relearns_is_judged_by_its_old_fit_at_any_risk() -> None:
+    rng, row, yes = np.random.default_rng(3), np.zeros(1, np.int64), np.ones(1, np.bool_)
+    spot = Spot(PotConfig(q=1e-3), 1)
+    spot.calibrate(row, rng.exponential(size=7000))
+    while spot.pack(row)["phase"][0] != 1:
+        step = spot.step(row, 0.1 * rng.exponential(size=1), yes)
+    before = spot.pack(row)
+    assert step.threshold[0] == before["z"][0]
+    spot.set_risk(row, 1e-4)
+    assert spot.step(row, np.array([1.2 * before["z"][0]]), yes).outcome[0] == Outcome.NORMAL + 1
+    spot.set_risk(row, 1e-3)
+    assert spot.step(row, np.array([1.2 * before["z"][0]]), yes).outcome[0] == Outcome.ANOMALY
+    other = Spot(spot.config, 1)
+    other.unpack(row, spot.pack(row))
+    assert other.pack(row).tobytes() == spot.pack(row).tobytes()
+    for x in 0.1 * rng.exponential(size=7000):
+        spot.step(row, np.array([x]), yes)
+    assert spot.pack(row)["phase"][0] == 3
+    assert spot.pack(row)["z"][0] == pytest.approx(0.1 * -np.log(1e-3), rel=0.25)
+
+
+def test_alarms_at_a_third_of_all_points_are_the_new_normal() -> None:
+    rng = np.random.default_rng(0)
+    scores = np.abs(rng.standard_normal((16_000, 16)))
+    scores[2000:] += np.where(rng.random((14_000, 16)) < 0.3, 20.0, 0.0)
+    alarm = run(Spot(PotConfig(q=1e-3), 16), scores) == Outcome.ANOMALY
+    assert alarm[2000:5000].mean() > 0.25
+    assert alarm[-6000:].mean() < 2e-3
+
+
+@pytest.mark.parametrize("length", [4, 12, 25])
+def test_one_incident_in_calibration_does_not_raise_the_threshold(length: int) -> None:
+    rng = np.random.default_rng(length)
+    scores = np.abs(rng.standard_normal((260, 64)))
+    scores[120 : 120 + length] = 30 * (1 + rng.random((length, 64)))
+    spot = Spot(PotConfig(), 64)
+    run(spot, scores)
+    assert np.median(spot.pack(np.arange(64))["z"]) < 8
+    assert (spot.pack(np.arange(64))["z"] < 30).mean() > 0.9
+
+
+# Prior
+
+POOLED = np.random.default_rng(11).exponential(size=(40, 2000)) * np.exp(
+    0.2 * np.random.default_rng(12).standard_normal((40, 1))
+)
+
+
+def with_prior(capacity: int, q: float = 1e-4) -> Spot:
+    config = PotConfig(q=q)
+    prior = Prior.fit(POOLED.ravel(), config)
+    assert prior is not None
+    return Spot(config, capacity, prior)
+
+
+def test_a_prior_lies_above_the_pooled_tail_whatever_its_highest_scores_are() -> None:
+    config, risks = PotConfig(), np.array([1e-3, 1e-4])
+    scores = POOLED.ravel().copy()
+    clean = Prior.fit(scores, config)
+    scores[:20] = 500.0
+    contaminated = Prior.fit(scores, config)
+    assert clean is not None
+    assert contaminated is not None
+    assert (clean.quantile(risks) > -np.log(risks)).all()
+    assert contaminated.quantile(risks) == pytest.approx(clean.quantile(risks), rel=0.1)
+
+
+@pytest.mark.parametrize("scores", [np.zeros(100_000), np.arange(1000.0), np.zeros(0)])
+def test_scores_without_a_tail_make_no_prior(scores: Float64Array) -> None:
+    assert Prior.fit(scores, PotConfig()) is None
+
+
+@pytest.mark.parametrize("scores", [np.zeros((300, 300)), np.full(10_000, np.nan)])
+def test_scores_that_cannot_make_a_prior_are_refused(scores: Float64Array) -> None:
+    with pytest.raises(ValueError, match="scores of shape"):
+        Prior.fit(scores, PotConfig())
+
+
+def test_a_new_row_is_judged_by_the_prior_until_its_own_threshold_starts() -> None:
+    rng, rows = np.random.default_rng(1), np.arange(64)
+    spot, alone = with_prior(64), Spot(PotConfig(), 64)
+    alarms = 0
+    for i in range(300):
+        x = rng.exponential(size=64)
+        step, plain = (s.step(rows, x, np.full(64, i >= 279)) for s in (spot, alone))
+        assert (step.outcome != Outcome.WARMING).all()
+        assert np.isfinite(step.probability).all()
+        if i < 280:
+            alarms += int((step.outcome == Outcome.ANOMALY).sum())
+            assert len(np.unique(step.threshold)) == 1
+        else:
+            assert np.array_equal(step.threshold, plain.threshold)  # nothing of the prior is left
+    assert alarms <= 1
+    assert spot.health(rows).tolist() == [Health.OK] * 64
+    assert spot.pack(rows)["judged"].tolist() == [21] * 64  # the score that started it among them
+
+
+def test_the_prior_takes_the_risk_of_the_row_and_alarms() -> None:
+    rows, yes = np.arange(3), np.ones(3, np.bool_)
+    spot = with_prior(3)
+    spot.set_risk(rows[1:], 1e-3)
+    step = spot.step(rows, np.array([1.0, 50.0, 6.0]), yes)
+    assert step.threshold[1] == step.threshold[2] < step.threshold[0]
+    assert step.outcome.tolist() == [Outcome.NORMAL, Outcome.ANOMALY, Outcome.EXCESS]
+    assert step.probability[1] <= 1e-3 < step.probability[2]
+    assert spot.health(rows).tolist() == [Health.PRIOR] * 3
+    assert [a.tolist() for a in spot.observed(rows)] == [[0, 1, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("scale", [2.5, 20.0])
+def test_a_prior_that_is_plainly_wrong_for_a_row_is_given_up(scale: float) -> None:
+    rng, rows = np.random.default_rng(2), np.arange(64)
+    spot = with_prior(64)
+    outcome = run(spot, scale * rng.exponential(size=(240, 64)))
+    alarms = (outcome == Outcome.ANOMALY).sum(axis=0)
+    assert (spot.health(rows) == Health.WARMING).mean() > 0.9
+    assert alarms.max() <= 11 + 24
+    assert np.median(alarms) <= 11
+    spot.reset(rows)
+    assert (spot.health(rows) == Health.PRIOR).all()
+
+
+def test_an_incident_is_no_reason_to_give_the_prior_up_and_is_not_learnt() -> None:
+    rng, rows = np.random.default_rng(3), np.arange(32)
+    spot = with_prior(32)
+    scores = rng.exponential(size=(240, 32))
+    scores[100:115] += 40
+    outcome = run(spot, scores)
+    assert (outcome[100:115] == Outcome.ANOMALY).all()
+    assert (spot.health(rows) == Health.PRIOR).mean() > 0.9
+    run(spot, rng.exponential(size=(20, 32)))
+    assert np.median(spot.pack(rows)["z"]) < 20
+
+
+def test_a_row_that_starts_anew_does_without_the_prior() -> None:
+    spot, row = with_prior(1), np.zeros(1, np.int64)
+    spot.calibrate(row, np.random.default_rng(0).exponential(size=300))
+    for _ in range(1000):
+        step = spot.step(row, np.array([99.0]), np.ones(1, np.bool_))
+    assert step.restarted.all()
+    assert spot.step(row, np.array([99.0]), np.ones(1, np.bool_)).outcome[0] == Outcome.WARMING
+
+
+def test_a_saved_row_is_judged_by_the_prior_of_now() -> None:
+    rows = np.arange(2)
+    old, new, none = with_prior(2), with_prior(2, q=1e-3), Spot(PotConfig(), 2)
+    none.calibrate(rows[1:], POOLED[0])
+    packed = old.pack(rows)
+    new.unpack(rows, packed)
+    assert new.pack(rows).tobytes() == packed.tobytes()  # the risk is saved too
+    none.unpack(rows[:1], packed[:1])
+    assert none.health(rows).tolist() == [Health.WARMING, Health.OK]
+    new.unpack(rows, none.pack(rows))
+    assert new.health(rows).tolist() == [Health.WARMING, Health.OK]
+
+
+# Drift
+
+
+def ramp(rng: np.random.Generator, steps: int, rows: int, slope: float) -> Float64Array:
+    return np.asarray(np.abs(rng.standard_normal((steps, rows))) + slope * np.arange(steps)[:, None], np.float64)
+
+
+def test_the_rate_on_stationary_scores_is_as_promised_relative_to_a_moving_mean() -> None:
+    spot = Spot(PotConfig(q=1e-3), 64)
+    spot.set_drift(np.arange(64), 100)
+    outcome = run(spot, np.abs(np.random.default_rng(0).standard_normal((10_000, 64))))
+    assert (outcome[:280] == Outcome.WARMING).all()
+    assert (outcome[280:] > Outcome.WARMING).all()
+    assert 0.5e-3 < (outcome == Outcome.ANOMALY).mean() < 2e-3
+
+
+def test_a_slow_ramp_floods_without_drift_and_not_with_it() -> None:
+    scores = ramp(np.random.default_rng(0), 6000, 32, 0.004)
+    spot = Spot(PotConfig(q=1e-3, max_alarms=0), 32)
+    spot.set_drift(np.arange(16), 100)
+    alarm = run(spot, scores) == Outcome.ANOMALY
+    assert alarm[:, :16].mean() < 2e-3
+    assert alarm[:, 16:].mean() > 1.5e-2
+
+
+def test_the_threshold_is_reported_in_units_of_the_score() -> None:
+    rng, rows, yes = np.random.default_rng(0), np.arange(2), np.ones(2, np.bool_)
+    spot = Spot(PotConfig(q=1e-3), 2)
+    spot.set_drift(rows[1:], 400)
+    for x in 10 + rng.exponential(size=3000):
+        step = spot.step(rows, np.full(2, x), yes)
+    assert step.threshold[1] == pytest.approx(step.threshold[0], rel=0.1)
+    assert 15 < step.threshold[1] < 20
+    before = spot.pack(rows)["mean"]
+    step = spot.step(rows, np.full(2, 60.0), yes)
+    assert (step.outcome == Outcome.ANOMALY).all()
+    assert spot.pack(rows)["mean"].tolist() == before.tolist()  # it stands still
+
+
+def test_the_moving_mean_is_plain_first_and_then_of_the_same_age() -> None:
+    scores, row = np.random.default_rng(0).exponential(size=500), np.zeros(1, np.int64)
+    spot = Spot(PotConfig(min_scores=5000), 1)
+    spot.set_drift(row, 50)
+    for i, x in enumerate(scores.astype(np.float32).astype(np.float64), 1):
+        spot.step(row, np.array([x]), np.ones(1, np.bool_))
+        if i <= 50:
+            assert spot.pack(row)["mean"][0] == pytest.approx(scores[:i].mean(), rel=1e-6)
+    assert spot.pack(row)["mean"][0] == pytest.approx(scores[-50:].mean(), abs=0.5)
+    assert spot.pack(row)["settled"][0] == 50
+
+
+@pytest.mark.parametrize("n", [1, 20, 200, 300, 2000])
+def test_calibrate_equals_stepping_relative_to_a_moving_mean(n: int) -> None:
+    scores = np.random.default_rng(n).exponential(size=n)
+    spot, rows = Spot(PotConfig(), 2), np.arange(2)
+    spot.set_drift(rows, 40)
+    for i, x in enumerate(scores):
+        spot.step(rows[:1], np.array([x]), np.array([i == n - 1]))
+    spot.calibrate(1, scores)
+    first, second = spot.pack(rows)
+    for name in ("phase", "n", "n_excess", "held", "settled"):
+        assert first[name] == second[name]
+    assert first["mean"] == pytest.approx(second["mean"], rel=1e-6)
+    assert first["z"] == pytest.approx(second["z"], rel=1e-4)
+
+
+def test_another_depth_starts_a_row_anew_and_keeps_its_risk() -> None:
+    spot, rows = Spot(PotConfig(), 2), np.arange(2)
+    spot.set_risk(rows, 1e-3)
+    spot.calibrate(rows, np.random.default_rng(0).exponential(size=300))
+    kept = spot.pack(rows)
+    spot.set_drift(rows, np.array([0, 10]))
+    after = spot.pack(rows)
+    assert after[0].tobytes() == kept[0].tobytes()
+    assert (after["phase"][1], after["q"][1], after["depth"][1]) == (0, 1e-3, 10)
+    with pytest.raises(ValueError, match="drift depth=-1 must lie in 0"):
+        spot.set_drift(rows, -1)
+
+
+# Health
+
+
+def test_health_tells_constant_drifting_and_sound_scores_apart() -> None:
+    rng, rows, size = np.random.default_rng(0), np.arange(6), 9000
+    scores = np.stack(
+        [
+            rng.exponential(size=size),
+            np.full(size, 3.0),
+            rng.poisson(3.0, size).astype(np.float64),
+            rng.exponential(size=size) * np.where(np.arange(size) < 7000, 1.0, 1.5),
+            rng.exponential(size=size) + np.where((np.arange(size) % 40 == 0) & (np.arange(size) > 3000), 60.0, 0.0),
+            rng.exponential(size=size) * np.where(np.arange(size) < 6500, 1.0, 0.3),
+        ],
+        axis=-1,
+    )
+    spot = Spot(PotConfig(), 7)
+    run_rows = np.arange(6)
+    for x in scores:
+        spot.step(run_rows, x, np.ones(6, np.bool_))
+    expected = [Health.OK, Health.DEGENERATE, Health.DEGENERATE, Health.DRIFTING, Health.DRIFTING, Health.DRIFTING]
+    assert [Health(h).name for h in spot.health(rows)] == [h.name for h in expected]
+    assert spot.health(np.array([6])).tolist() == [Health.WARMING]
+
+
+def test_sound_rows_are_rarely_called_drifting() -> None:
+    spot = Spot(PotConfig(q=1e-3), 200)
+    run(spot, np.abs(np.random.default_rng(5).standard_normal((12_000, 200))))
+    assert (spot.health(np.arange(200)) == Health.OK).mean() > 0.99
+
+
+def test_observed_counts_alarms_and_judged_scores_since_the_start() -> None:
+    spot, rows, yes = Spot(PotConfig(), 2), np.arange(2), np.ones(2, np.bool_)
+    spot.calibrate(0, np.random.default_rng(0).exponential(size=300))
+    for x in (1.0, 50.0, 50.0, 1.0, 1.0):
+        spot.step(rows, np.full(2, x), yes)
+    alarms, judged = spot.observed(rows)
+    assert (alarms.tolist(), judged.tolist()) == ([2, 0], [5, 0])
 
 
 # State
