@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+import msgspec
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,6 +26,9 @@ from stream import events
 from stream.errors import TocsinError
 from stream.events import Event, EventData, SilenceData
 from stream.report import Segment, Summary
+
+if TYPE_CHECKING:
+    from stream.verify import Comparison
 
 
 class OutputClosed(TocsinError):
@@ -101,6 +107,46 @@ def print_event(event: Event, *, as_json: bool, console: Console | None = None) 
         console.print(event_line(event), soft_wrap=True)
     else:
         out.print(event_line(event))
+
+
+def print_comparison(found: Comparison, *, as_json: bool) -> None:
+    """Put on stdout what differs between what was published and a back-test, and how much does not."""
+    if as_json:
+        for word, some in (("missing", found.missing), ("unexpected", found.unexpected)):
+            for event in some:
+                write_line(json.dumps({word: msgspec.to_builtins(event)}))
+        for one in found.different:
+            sides = {"published": msgspec.to_builtins(one.published), "expected": msgspec.to_builtins(one.expected)}
+            write_line(json.dumps({"different": {"fields": one.fields, **sides}}))
+        figures = {name: len(getattr(found, name)) for name in ("missing", "unexpected", "different")}
+        figures = {"equal": found.equal, **figures, "by_clock": found.by_clock, "left_out": found.left_out}
+        write_line(json.dumps({"verify": figures}))
+        return
+    lines: list[Text] = []
+    for word, some in (("missing", found.missing), ("unexpected", found.unexpected)):
+        lines += [Text.assemble((f"{word:11}", "red"), event_line(event)) for event in some]
+    for one in found.different:
+        lines.append(Text.assemble((f"{'different':11}", "red"), event_line(one.published)))
+        for name in one.fields:
+            if name == "order":
+                lines.append(Text(f"{'':11}comes in another order"))
+            else:
+                published, expected = (_field(event, name) for event in (one.published, one.expected))
+                lines.append(Text(f"{'':11}{name}: {published} published, {expected} expected"))
+    said = f"{counted(found.equal, 'event')} equal, {len(found.missing):,} missing, "
+    lines.append(Text(f"{said}{len(found.unexpected):,} unexpected, {len(found.different):,} different"))
+    for count, what in ((found.by_clock, "by the clock"), (found.left_out, "in partitions that others share")):
+        if count:
+            lines.append(Text(f"left out: {counted(count, 'event')} of silence {what}, which no back-test knows"))
+    for line in lines:
+        out.print(line)
+
+
+def _field(event: Event, path: str) -> str:
+    value = msgspec.to_builtins(event)
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def write_line(text: str) -> None:

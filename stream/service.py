@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +146,36 @@ def served(checkpoint: Checkpoint, pot: PotConfig) -> Served:
     )
 
 
+def served_models(settings: Settings, rules: RuleSet, checkpoint: Checkpoint | None = None) -> dict[str, Served]:
+    """Return the models that rules ask for, by their references as the rules write them.
+
+    Args:
+        settings: where checkpoints are.
+        rules: what is to be watched.
+        checkpoint: of rules that name none; None: that of the settings.
+
+    Raises:
+        ConfigError: a rule names a checkpoint that is not there.
+        CheckpointError: one cannot be used.
+    """
+    models: dict[str, Served] = {}
+    for rule in rules.rules:
+        if not rule.watch or rule.model in models:
+            continue
+        try:
+            found = checkpoint if checkpoint and not rule.model else load_checkpoint(settings, rule.model or None)
+        except (ConfigError, CheckpointError) as e:
+            where = f"{settings.rules}:{rule.line}: rule {rule.name!r}: model: " if rule.model else ""
+            raise type(e)(f"{where}{e}") from None
+        models[rule.model] = served(found, settings.pot.config())
+    return models
+
+
+def features_of(models: Mapping[str, Served]) -> dict[str, int]:
+    """Return how many features models take, by their references."""
+    return {ref: one.model.features for ref, one in models.items()}
+
+
 def detector_factory(
     settings: Settings, rules: RuleSet | None = None, checkpoint: Checkpoint | None = None
 ) -> Callable[[], Detector]:
@@ -157,25 +187,46 @@ def detector_factory(
         checkpoint: of rules that name none; None: that of the settings.
 
     Raises:
-        ConfigError: a rule names a checkpoint that is not there.
+        ConfigError: the rules are wrong, or one names a checkpoint that is not there.
+        CheckpointError: one cannot be used.
     """
     rules = load_rules(settings) if rules is None else rules
     config = settings.detector()
-    models: dict[str, Served] = {}
-    for rule in rules.rules:
-        if not rule.watch or rule.model in models:
-            continue
-        try:
-            found = checkpoint if checkpoint and not rule.model else load_checkpoint(settings, rule.model or None)
-        except (ConfigError, CheckpointError) as e:
-            where = f"{settings.rules}:{rule.line}: rule {rule.name!r}: model: " if rule.model else ""
-            raise type(e)(f"{where}{e}") from None
-        models[rule.model] = served(found, config.pot)
+    models = served_models(settings, rules, checkpoint)
+    for problem in rules.hidden(features_of(models)):
+        log.warning("%s: %s", settings.rules, problem)
 
     def make() -> Detector:
         return Detector(config, rules.rules, [models[rule.model] if rule.watch else None for rule in rules.rules])
 
     return make
+
+
+def explain(settings: Settings, names: Sequence[str], *, entity: bool = False) -> list[str]:
+    """Return, line by line, which rule each KPI (or entity) of these names falls under, and what that asks.
+
+    Raises:
+        ConfigError: the rules are wrong, or one names a checkpoint that is not there.
+        CheckpointError: one cannot be used.
+    """
+    rules = load_rules(settings)
+    features, q_max = features_of(served_models(settings, rules)), settings.pot.config().q_max
+    return [line for name in names for line in rules.explain(name, entity=entity, features=features, q_max=q_max)]
+
+
+def check_rules(settings: Settings) -> list[str]:
+    """Load rules and checkpoints; return a line about each.
+
+    Raises:
+        ConfigError: the rules are wrong, or one names a checkpoint that is not there.
+        CheckpointError: one cannot be used.
+    """
+    rules = load_rules(settings)
+    models = served_models(settings, rules)
+    if problems := rules.hidden(features_of(models)):
+        raise ConfigError("\n".join(f"{settings.rules}: {problem}" for problem in problems))
+    lines = [f"checkpoint {ref}: fine" for ref in dict.fromkeys(one.ref for one in models.values())]
+    return [f"rules {settings.rules}: {len(rules.rules)}, fine", *lines] if settings.rules else lines
 
 
 def make_worker(settings: Settings) -> Worker:

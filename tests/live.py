@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from stream import backtest, events
 from stream.csvfile import Points
 from stream.events import Event
-from stream.kafka import client_options
+from stream.kafka import client_options, points_producer
 from stream.sample import generate
 from stream.service import detector_factory, make_worker
 from stream.settings import KafkaSettings, Settings, load_settings
+from stream.verify import end_offsets, expected, partition_of
 from stream.worker import Worker
 
 START_MS = 1_767_571_200_000  # a Monday
@@ -48,9 +51,9 @@ def sample_points() -> Points:
 
 
 def backtested(points: Points, settings: Settings) -> list[Event]:
-    """Return the events of a back-test."""
-    detector = detector_factory(settings)()
-    return [event for _, result in backtest.run(detector, points) for event in result.events]
+    """Return the events of a back-test, partition by partition: silence goes by what the others of one send."""
+    partition = {name: partition_of(name, settings.kafka.partitions) for name in points.names}
+    return expected(points, partition, detector_factory(settings))
 
 
 def digest(published: Iterable[Event]) -> str:
@@ -75,6 +78,31 @@ async def working(settings: Settings) -> AsyncIterator[Worker]:
         worker.stop()
         await task
         await worker.store.close()
+
+
+async def send(
+    settings: KafkaSettings, points: Iterable[tuple[str, int, float]], *, arrived_ms: int | None = None
+) -> None:
+    """Send points (KPI, event time in ms, value), with another time of arrival than now if need be."""
+    producer = points_producer(settings)
+    await producer.start()
+    try:
+        for kpi, timestamp_ms, value in points:
+            record = json.dumps({"kpi": kpi, "timestamp": timestamp_ms, "value": value}).encode()
+            await producer.send_and_wait(settings.points_topic, record, key=kpi.encode(), timestamp_ms=arrived_ms)
+    finally:
+        await producer.stop()
+
+
+async def until(condition: Callable[[], bool] | Callable[[], Awaitable[bool]], what: str) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        found = condition()
+        if await found if isinstance(found, Awaitable) else found:
+            return
+        assert time.monotonic() < deadline, f"not within {DEADLINE_S:g} s: {what}"
+        await asyncio.sleep(0.05)
 
 
 async def until_committed(settings: KafkaSettings, total: int) -> int:
@@ -107,10 +135,10 @@ async def read_all(settings: KafkaSettings, topic: str) -> list[ConsumerRecord]:
         ]
         consumer.assign(at)
         await consumer.seek_to_beginning(*at)
-        ends = await consumer.end_offsets(at)
+        ends = await end_offsets(settings, topic)
         records: list[ConsumerRecord] = []
         async with asyncio.timeout(DEADLINE_S):
-            while any([await consumer.position(one) < ends[one] for one in at]):
+            while any([await consumer.position(one) < ends[one.partition] for one in at]):
                 for batch in (await consumer.getmany(timeout_ms=100)).values():
                     records += batch
         return records

@@ -7,7 +7,8 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,7 @@ from stream.commands.shared import (
     CheckpointRef,
     Files,
     Json,
+    RulesRef,
     points_of,
     print_summary,
     say,
@@ -27,7 +29,10 @@ from stream.commands.shared import (
 from stream.errors import ConfigError
 
 if TYPE_CHECKING:
+    from stream.csvfile import Points
     from stream.events import Event
+    from stream.settings import Settings
+    from stream.verify import Comparison
 
 
 class Severity(StrEnum):
@@ -63,6 +68,7 @@ def demo(
     ] = None,
     as_json: Json = False,
     checkpoint: CheckpointRef = None,
+    rules: RulesRef = None,
 ) -> None:
     """Show the whole path at work.
 
@@ -73,7 +79,7 @@ def demo(
     from stream.demo import demo as run_demo
     from stream.service import set_up_logging
 
-    settings = settings_with(checkpoint)
+    settings = settings_with(checkpoint, rules)
     set_up_logging("CRITICAL" if settings.log_level == "INFO" else settings.log_level)
     points = points_of(files) if files else backtest.sample_points([sample.generate(28, 300, 7, SAMPLE_START_MS)])
     say(
@@ -97,6 +103,7 @@ def up(
     data_dir: Annotated[Path | None, typer.Option(help="Keep the servers' data here; none: gone at the end.")] = None,
     kafka_port: Annotated[int | None, typer.Option(help="Port of the broker; none: a free one.")] = None,
     redis_port: Annotated[int | None, typer.Option(help="Port of the store; none: a free one.")] = None,
+    rules: RulesRef = None,
 ) -> None:
     """Run the embedded servers and the detector until Ctrl-C.
 
@@ -109,7 +116,7 @@ def up(
     from stream.service import serve as run_service
     from stream.service import set_up_logging, with_servers
 
-    settings = settings_with()
+    settings = settings_with(rules=rules)
     set_up_logging(settings.log_level)
 
     async def run() -> None:
@@ -124,7 +131,7 @@ def up(
         asyncio.run(_until_sigterm(run()))
 
 
-def serve() -> None:
+def serve(rules: RulesRef = None) -> None:
     """Run the detector against your Kafka and Redis.
 
     They are named by TOCSIN_KAFKA__BOOTSTRAP_SERVERS and TOCSIN_REDIS__URL. SIGTERM or Ctrl-C settles what was taken
@@ -134,7 +141,7 @@ def serve() -> None:
     from stream.service import find_servers, set_up_logging
     from stream.service import serve as run_service
 
-    settings = settings_with()
+    settings = settings_with(rules=rules)
     set_up_logging(settings.log_level)
     asyncio.run(run_service(find_servers(settings)))
 
@@ -147,20 +154,40 @@ def replay(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where the last replay of these files into this topic stopped.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare what the service publishes with a back-test, event by event.")
+    ] = False,
+    no_send: Annotated[
+        bool, typer.Option("--no-send", help="With --verify: the points have been sent; send nothing.")
+    ] = False,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", help="With --verify: wait so long, seconds, while the service does nothing.")
+    ] = 60.0,
+    rules: RulesRef = None,
+    as_json: Json = False,
 ) -> None:
     """Send the points of CSV files to the points topic.
 
     Several files are merged by time. A replay stopped by Ctrl-C or SIGTERM goes on with --resume: no point is lost or
     sent twice. After a kill -9 up to 5,000 points may be sent twice; the detector takes them for duplicates.
+
+    With --verify, waits until the service has taken all of them in, back-tests the files with the settings and rules at
+    hand, which should be the service's, and prints each event that is missing, unexpected or different; exit code 1 if
+    there is one. KPIs that the service knew before cannot be compared.
     """
     pace = _speed(speed)
+    _check_verify(
+        verify, {"--topic": topic is not None, "--resume": resume}, {"--no-send": no_send, "--rules": rules is not None}
+    )
+    if no_send and shift_to_now:
+        raise ConfigError("--no-send and --shift-to-now: what was sent is not moved any more")
     from stream import render
     from stream.replay import Position
     from stream.replay import replay as run_replay
     from stream.service import find_servers, set_up_logging
 
     points = points_of(files)
-    settings = find_servers(settings_with(), store=False)
+    settings = find_servers(settings_with(rules=rules), store=False)
     set_up_logging(settings.log_level)
     target = topic or settings.kafka.points_topic
     total = len(points.value)
@@ -172,36 +199,79 @@ def replay(
     if shift_to_now and not first:  # a resumed one keeps its grid
         shift_ms = int(time.time() * 1000) - int(points.timestamp_ms.max())
     sent = first
-    with render.progress(f"replay to {target}", total) as (bar, task):
 
+    async def send() -> None:
         def on_sent(n: int) -> None:
             nonlocal sent
             sent = n
             position.write(n, shift_ms)
             bar.update(task, completed=n)
 
-        bar.update(task, completed=first)
-        try:
-            asyncio.run(
-                _until_sigterm(
-                    run_replay(
-                        points,
-                        settings.kafka,
-                        topic=target,
-                        speed=pace,
-                        shift_ms=shift_ms,
-                        first=first,
-                        on_sent=on_sent,
-                    )
-                )
+        with render.progress(f"replay to {target}", total) as (bar, task):
+            bar.update(task, completed=first)
+            await run_replay(
+                points, settings.kafka, topic=target, speed=pace, shift_ms=shift_ms, first=first, on_sent=on_sent
             )
-        except (KeyboardInterrupt, _Terminated):
+        say(
+            f"sent {render.counted(total - first, 'point')} of {render.counted(len(points.names), 'KPI')} to {target}"
+            f" at {settings.kafka.bootstrap_servers}"
+        )
+
+    found: Comparison | None = None
+
+    async def work() -> None:
+        nonlocal found
+        if verify:
+            found = await _verify(points, shift_ms, settings, None if no_send else send, timeout_s)
+        else:
+            await send()
+
+    try:
+        asyncio.run(_until_sigterm(work()))
+    except (KeyboardInterrupt, _Terminated):
+        if sent < total and not no_send:
             say(f"stopped after {sent:,} of {total:,} points; the same command with --resume goes on")
-            raise KeyboardInterrupt from None
-    say(
-        f"sent {render.counted(total - first, 'point')} of {render.counted(len(points.names), 'KPI')} to {target}"
-        f" at {settings.kafka.bootstrap_servers}"
-    )
+        raise KeyboardInterrupt from None
+    if found is not None:
+        for note in found.notes:
+            say(note)
+        render.print_comparison(found, as_json=as_json)
+        if not found:
+            raise typer.Exit(1)
+
+
+def _check_verify(verify: bool, never: dict[str, bool], only: dict[str, bool]) -> None:
+    """Refuse options that say nothing together."""
+    for option, given in (never if verify else only).items():
+        if given:
+            raise ConfigError(f"{option} {'and' if verify else 'without'} --verify: has no meaning")
+
+
+async def _verify(
+    points: Points,
+    shift_ms: int,
+    settings: Settings,
+    send: Callable[[], Awaitable[None]] | None,
+    timeout_s: float,
+) -> Comparison:
+    from stream import render, verify
+    from stream.service import detector_factory, use_one_thread
+
+    use_one_thread()
+    make_detector = detector_factory(settings)
+    moved = replace(points, timestamp_ms=points.timestamp_ms + shift_ms)
+    with contextlib.ExitStack() as stack:
+        shown: list[Callable[[int], None]] = []
+
+        def on_waiting(left: int) -> None:
+            if not shown:  # not before: the bar of the sending is gone by now
+                bar, task = stack.enter_context(render.progress("the service takes them in", left))
+                shown.append(lambda now: bar.update(task, completed=left - now))
+            shown[0](left)
+
+        return await verify.verify(
+            moved, settings.kafka, make_detector, send=send, timeout_s=timeout_s, on_waiting=on_waiting
+        )
 
 
 def subscribe(
@@ -254,24 +324,34 @@ def subscribe(
 
 
 def check(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="KPIs: say which rule each falls under; no server.", metavar="KPI")
+    ] = None,
+    entity: Annotated[bool, typer.Option("--entity", help="The names are those of entities.")] = False,
+    rules: RulesRef = None,
     settings_only: Annotated[
         bool, typer.Option("--settings", help="List the settings with their defaults and try no server.")
     ] = False,
 ) -> None:
-    """Check settings, checkpoint, broker and store."""
+    """Check settings, rules, checkpoints, broker and store; or say which rule KPIs fall under, and what it asks."""
     from stream.settings import known_names
 
-    settings = settings_with()
+    if entity and not names:
+        raise ConfigError("--entity: name the entities")
+    settings = settings_with(rules=rules)
     if settings_only:
         for variable, description, default in known_names():
             typer.echo(f"{variable}={default}\n    {description}")
         return
-    from stream.service import check_servers, find_servers, load_checkpoint, set_up_logging
+    from stream.service import check_rules, check_servers, explain, find_servers, set_up_logging
 
     set_up_logging("ERROR")
-    settings = find_servers(settings)
-    typer.echo(f"checkpoint {load_checkpoint(settings).ref}: fine")
-    for line in asyncio.run(check_servers(settings)):
+    if names:
+        for line in explain(settings, names, entity=entity):
+            typer.echo(line)
+        return
+    lines = check_rules(settings)
+    for line in lines + asyncio.run(check_servers(find_servers(settings))):
         typer.echo(line)
 
 
