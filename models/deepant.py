@@ -115,6 +115,13 @@ class Network(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.out = nn.Linear(config.hidden, config.features)
 
+    @torch.no_grad()
+    def unread(self, features: Tensor) -> None:
+        """Clear the weights that read these features and those that forecast them, (F,) bool."""
+        self.conv1.weight[:, features] = 0
+        self.out.weight[features] = 0
+        self.out.bias[features] = 0
+
     def forward(self, x: Tensor) -> Tensor:
         """Forecast (B, F) from windows x, (B, W, F); the form that training differentiates."""
         h = x.transpose(1, 2)  # (B, F, W)
@@ -219,6 +226,10 @@ class DeepAnT:
             raise ConfigError(f"scale={self.scale.tolist()} must be above 0")
         if self.usual_step is not None and not (self.usual_step >= 0).all():
             raise ConfigError(f"usual_step={self.usual_step.tolist()} must be at least 0")
+        # A feature that never moved in training has weights of zero. Its center would stay its forecast for ever after
+        # it had moved to another level.
+        read, told = network.conv1.weight.any(dim=2).any(dim=0), network.out.weight.any(dim=1) | (network.out.bias != 0)
+        self.still: Bool = (~(read | told)).numpy()  # (F,)
         self.served = Served(network, config)
         # The activations of one chunk should stay in the cache.
         fitting = CACHE // (4 * config.filters * (config.window - 2))
@@ -280,7 +291,10 @@ class DeepAnT:
             x, center, scale = normalise(history)
             spread = np.ones(shape) if usual_step is None else local_spread(history, usual_step, learned)
         y = run_padded(self.served, x, chunk=self.chunk)
-        return Forecast(expected=center + scale * y, spread=spread)
+        expected = center + scale * y
+        if self.still.any():
+            expected[:, self.still] = history[:, -1, self.still]
+        return Forecast(expected=expected, spread=spread)
 
 
 def local_spread(history: Float64, usual_step: Float64, learned: Bool | None = None) -> Float64:

@@ -26,6 +26,7 @@ class TrainSeries:
     anomalous: Bool  # (N,), labels; all False when unknown
     interval_ms: int  # grid step
     sha256: str = ""  # of the file that it was read from, for the record only
+    metrics: tuple[str, ...] = ()  # names of an entity's features, in order; empty for a KPI
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.shape[1] < 1:
@@ -68,22 +69,22 @@ def complete(values: Float64, longest: int) -> Float64:
 def usable_targets(series: TrainSeries, filled: Float64, window: int) -> Int64:
     """Positions of the points that a forecast may be trained on or judged by, ascending.
 
-    The target itself was observed (all features) and is not labelled anomalous; the `window` points before it are
-    complete in `filled`, hold no labelled anomaly, and a fifth of them were observed.
+    The target itself was observed (one feature at least) and is not labelled anomalous; the `window` points before it
+    are complete in `filled`, hold no labelled anomaly, and a fifth of their values were observed.
     """
     n = len(series.values)
     if n <= window:
         return np.empty(0, dtype=np.int64)
-    observed: Bool = np.asarray(~np.isnan(series.values).any(axis=1))
+    count: Int64 = (~np.isnan(series.values)).sum(axis=1)  # (N,), values observed
     missing: Bool = np.asarray(np.isnan(filled).any(axis=1))
 
-    def in_history(points: Bool) -> Int64:  # how many of them, before target window, window + 1, ..., n - 1
+    def in_history(points: Bool | Int64) -> Int64:  # their sum, before target window, window + 1, ..., n - 1
         counts: Int64 = np.concatenate([[0], np.cumsum(points)])
         return counts[window:n] - counts[: n - window]
 
     clean = in_history(missing | series.anomalous) == 0
-    enough = in_history(observed) >= LEAST_OBSERVED * window
-    return np.flatnonzero(clean & enough & (observed & ~series.anomalous)[window:]) + window
+    enough = in_history(count) >= LEAST_OBSERVED * window * series.values.shape[1]
+    return np.flatnonzero(clean & enough & ((count > 0) & ~series.anomalous)[window:]) + window
 
 
 def usual_step(values: Float64) -> Float64:

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -6,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from models.checkpoint import (
     CONFIG,
     WEIGHTS,
     Bundle,
+    Checkpoint,
     Source,
     Training,
     bundled_root,
@@ -439,3 +442,66 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path, name: str, con
 def test_a_file_that_is_absent_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent.pt: cannot be read: No such file"):
         import_state_dict(tmp_path / "absent.pt", DeepAnTConfig(window=10))
+
+
+# -- names of the features ---------------------------------------------------------------------------------------------
+
+
+def named(metrics: tuple[str, ...], features: int = 3, scaling: str = "train") -> Bundle:
+    return dataclasses.replace(bundle(features=features, scaling=scaling), metrics=metrics)
+
+
+def test_the_metrics_are_stored_in_the_order_of_the_features(tmp_path: Path) -> None:
+    path = save(tmp_path, "servers", named(("cpu", "arbeitsspeicher größe", "net.in")))
+    assert load(tmp_path, "servers").metrics == ("cpu", "arbeitsspeicher größe", "net.in")
+    assert json.loads((path / CONFIG).read_text())["metrics"] == ["cpu", "arbeitsspeicher größe", "net.in"]
+    card = (path / CARD).read_text()
+    assert "- features: 3: cpu, arbeitsspeicher größe, net.in" in card and "the entity it was trained on" in card
+
+
+def test_a_kpi_has_none_and_its_files_are_as_ever(tmp_path: Path) -> None:
+    path = save(tmp_path, "kpi", bundle())
+    assert "metrics" not in json.loads((path / CONFIG).read_text())
+    assert load(tmp_path, "kpi").metrics == ()
+
+
+def test_scores_of_several_entities_are_nobody_s_own(tmp_path: Path) -> None:
+    one = named(("a", "b", "c"))
+    assert load_back(tmp_path, one).calibrated
+    sources = (Source("a", 100), Source("b", 100))
+    several = dataclasses.replace(one, training=msgspec.structs.replace(one.training, sources=sources))
+    assert not load_back(tmp_path, several).calibrated
+    assert not load_back(tmp_path, named(("a", "b", "c"), scaling="window")).calibrated
+
+
+def load_back(root: Path, saved: Bundle) -> Checkpoint:
+    save(root, "m", saved)
+    return load(root, "m")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "problem"),
+    [
+        (("a", "b"), "2 metrics for 3 features"),
+        (("a", "b", "a"), "metric 'a' is there twice"),
+        (("a", "", "b"), "'' cannot be the name of a metric"),
+        (("a", " ", "b"), "' ' cannot be the name of a metric"),
+        (("a", "b\n", "c"), "cannot be the name of a metric"),
+    ],
+)
+def test_metrics_that_cannot_be_are_refused_at_both_ends(
+    tmp_path: Path, metrics: tuple[str, ...], problem: str
+) -> None:
+    with pytest.raises(CheckpointError, match=f"m: .*{problem}"):
+        save(tmp_path, "m", named(metrics))
+    path = save(tmp_path, "m", named(("a", "b", "c")))
+    config = json.loads((path / CONFIG).read_text())
+    config["metrics"] = list(metrics)
+    (path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"config.json: .*{problem}.*restore it or train again"):
+        load(tmp_path, "m")
+
+
+def test_a_kpi_s_model_has_no_metrics(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"metrics \['a'\] of a model of one feature"):
+        save(tmp_path, "m", named(("a",), features=1))

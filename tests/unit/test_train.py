@@ -121,7 +121,7 @@ def test_calibration_is_the_served_score_of_the_held_out_points() -> None:
     # held out from 800; 900..902 labelled, 903..912 have them in their history; 950 was not observed
     targets = [t for t in range(800, 1000) if not (900 <= t <= 912 or t == 950)]
     history = np.stack([filled[t - 10 : t] for t in targets])
-    learned = np.stack([~np.isnan(values[t - 10 : t, 0]) for t in targets])
+    learned = np.stack([~np.isnan(values[t - 10 : t]) for t in targets])
     expected = score(values[targets], bundle.model.forecast(history, None, learned))
     np.testing.assert_array_equal(bundle.calibration, expected.astype(np.float32))
     assert bundle.training.held_out_windows == len(targets)
@@ -260,10 +260,99 @@ def test_usable_targets_against_a_plain_loop() -> None:
         t
         for t in range(window, 400)
         if not np.isnan(filled[t - window : t]).any()
-        and (~np.isnan(values[t - window : t]).any(axis=1)).mean() >= 0.2
+        and (~np.isnan(values[t - window : t])).mean() >= 0.2
         and not one.anomalous[t - window : t + 1].any()
-        and not np.isnan(values[t]).any()
+        and not np.isnan(values[t]).all()
     ]
     assert 20 < len(expected) < 380
     assert usable_targets(one, filled, window).tolist() == expected
     assert usable_targets(series(values[:10]), filled[:10], window).tolist() == []
+
+
+# -- several features -------------------------------------------------------------------------------------------------
+
+METRICS = ("a", "b", "c", "d")
+
+
+def entity(values: Float64, metrics: tuple[str, ...] = METRICS) -> TrainSeries:
+    return TrainSeries("server", values, np.zeros(len(values), dtype=np.bool_), 60_000, metrics=metrics)
+
+
+def test_the_metrics_go_with_the_model_and_must_be_the_same() -> None:
+    values = wave(700, 4)
+    assert train([entity(values)], config(features=4, epochs=1)).metrics == METRICS
+    assert train([series(values[:, :1])], config(epochs=1)).metrics == ()
+    with pytest.raises(ConfigError, match=r"'server' has the metrics b, a, c, d and 'server' a, b, c, d; .* one order"):
+        train([entity(values), entity(values, ("b", "a", "c", "d"))], config(features=4))
+
+
+@pytest.mark.parametrize("level", [0.0, 5.0, -1e9])
+@pytest.mark.parametrize("scaling", ["train", "window"])
+def test_a_feature_that_never_moved_does_not_spoil_the_others_when_it_does(scaling: str, level: float) -> None:
+    values = wave(1500, 3)
+    still = np.column_stack([values, np.full(1500, level)])
+    model = train([entity(still)], config(scaling, features=4, epochs=2)).model
+    assert model.still.tolist() == [False, False, False, True]
+    history = still[None, 900:910].copy()
+    before = model.forecast(history)
+    history[:, 5:, 3] += 1e6
+    after = model.forecast(history)
+    np.testing.assert_array_equal(after.expected[:, :3], before.expected[:, :3])
+    np.testing.assert_array_equal(after.spread[:, :3], before.spread[:, :3])
+    assert after.expected[0, 3] == level + 1e6, "its forecast follows it to another level"
+    assert before.expected[0, 3] == level
+
+
+def test_a_feature_that_never_moved_is_measured_by_its_level_or_by_the_others() -> None:
+    values = wave(1000, 3)
+    still = np.column_stack([values[:, :2], np.full(1000, 50.0), np.zeros(1000)])
+    model = train([entity(still)], config(features=4, epochs=1)).model
+    assert model.scale[2] == pytest.approx(5.0)
+    assert model.scale[3] == pytest.approx(np.median(model.scale[:2]))
+    assert model.usual_step is not None and (model.usual_step >= 0.5 * model.scale).all()
+    alone = train([entity(np.zeros((700, 4)))], config(features=4, epochs=1)).model
+    assert alone.scale.tolist() == [1.0] * 4
+
+
+def test_a_feature_that_hardly_ever_moves_does_not_drown_the_others() -> None:
+    values = wave(3000, 4)
+    values[:, 3] = 0.0
+    values[1000, 3] = 1.0
+    model = train([entity(values)], config(features=4, epochs=1)).model
+    forecast = model.forecast(values[None, 1990:2000])
+    again = forecast.expected.copy()
+    again[0, 3] = 1.0
+    assert score(again, forecast)[0] < 200, "by its mean step of 0.0008 it would be 1,200"
+
+
+def test_what_is_missing_of_some_features_costs_no_window() -> None:
+    random = np.random.default_rng(2)
+    values = wave(2000, 4)
+    values[random.random((2000, 4)) < 0.3] = NAN
+    report = train([entity(values)], config(features=4, epochs=3)).training
+    assert report.windows > 1500, "a record of four is whole in a quarter of the cases"
+    assert report.persistence_loss is not None and min(report.held_out_losses) < report.persistence_loss
+
+
+def test_a_value_that_is_missing_is_not_scored() -> None:
+    values = wave(1000, 4)
+    values[900, 1:] = NAN
+    bundle = train([entity(values)], config(features=4, epochs=1))
+    filled = complete(values, 10)
+    history, learned = filled[None, 890:900], np.ones((1, 10, 4), dtype=np.bool_)
+    expected = score(values[900:901], bundle.model.forecast(history, None, learned))
+    assert bundle.calibration[100] == expected.astype(np.float32)[0]
+
+
+def test_the_units_of_the_features_do_not_matter() -> None:
+    values, units = wave(1200, 4), np.array([1e9, 1.0, 1e-6, 40.0])
+    plain = train([entity(values)], config(features=4, epochs=2))
+    other = train([entity(values * units)], config(features=4, epochs=2))
+    np.testing.assert_allclose(other.calibration, plain.calibration, rtol=2e-2, atol=1e-3)
+
+
+def test_a_feature_without_a_value_is_named() -> None:
+    values = wave(700, 4)
+    values[:600, 1] = NAN
+    with pytest.raises(ConfigError, match=r"no value to train on, in the first 80% of the time: b$"):
+        train([entity(values)], config(features=4))
