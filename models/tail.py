@@ -25,7 +25,7 @@ AnyArray: TypeAlias = npt.NDArray[Any]
 COLD_ITERATIONS, MOVED_ITERATIONS, WARM_ITERATIONS = 8, 4, 2  # Newton steps: first fit, new t, one new excess
 _PATIENCE = 2  # times the scores that should fill a ring, between looks whether excesses come far too rarely
 _DRIFT = 4.0  # excesses this many times as often, or as rarely, as the level says: t is out of date
-_CHUNK = 128  # rows fitted at once: what they need stays in the processor's cache
+_CHUNK = 64  # rows fitted at once: what they need stays in the processor's cache
 
 
 class Tails:
