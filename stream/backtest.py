@@ -14,10 +14,10 @@ import pandas as pd
 from models.checkpoint import Bundle, Checkpoint
 from models.windows import TrainSeries
 from stream import grid
-from stream.columns import Columns, Int64Array
+from stream.columns import Columns, Int32Array, Int64Array
 from stream.csvfile import Points
 from stream.detector import Counts, Detector, Result
-from stream.errors import InputError
+from stream.errors import ConfigError, InputError
 from stream.results import Scores
 from stream.sample import Sample
 
@@ -30,19 +30,72 @@ def run(
 ) -> Iterator[tuple[int, Result]]:
     """Feed points to a detector, a batch at a time; yields how many have gone in, and what came of the batch.
 
+    What a model does not know of an entity is left out, as the decoder does with it.
+
     Args:
         detector: takes the points as one partition would.
         points: in the order of replay.
         want_scores: ask for the score of every cell.
         first: index of the first point to feed.
+
+    Raises:
+        InputError: a name cannot be one, or a model knows none of an entity's metrics.
     """
-    slots = np.array([detector.index[name] for name in points.names], np.int32)
-    if (slots < 0).any():
-        raise InputError(f"{points.names[int(np.argmin(slots))]!r} cannot be the name of a KPI")
-    for begin in range(first, len(points.value), BATCH_POINTS):
-        part = slice(begin, begin + BATCH_POINTS)
-        columns = Columns.of(slots[points.kpi[part]], points.timestamp_ms[part], points.value[part])
-        yield min(begin + BATCH_POINTS, len(points.value)), detector.accept(columns, want_scores=want_scores)
+    offset, slots, features = _seats(detector, points)
+    record = points.record
+    edges = np.append(np.flatnonzero(points.begins), len(points))  # a record is never cut
+    begin = first
+    while begin < len(points):
+        at = max(
+            np.searchsorted(edges, begin + BATCH_POINTS, side="right") - 1, np.searchsorted(edges, begin, side="right")
+        )
+        end = int(edges[at])
+        seat = offset[points.kpi[begin:end]] + points.feature[begin:end]
+        columns = Columns.of(
+            slots[seat],
+            points.timestamp_ms[begin:end],
+            points.value[begin:end],
+            record[begin:end] - record[begin],
+            features[seat],
+        )
+        known = columns.slot >= 0
+        yield end, detector.accept(columns if known.all() else columns.take(known), want_scores=want_scores)
+        begin = end
+
+
+def count_series(detector: Detector, points: Points) -> int:
+    """Return how many series a detector makes of the points: an entity may be one, or one a metric."""
+    slots = _seats(detector, points)[1]
+    return len(np.unique(slots[slots >= 0]))
+
+
+def _seats(detector: Detector, points: Points) -> tuple[Int64Array, Int32Array, Int32Array]:
+    """Return where the points go: slot and feature of each (name, metric), and where each name's begin; -1 nowhere."""
+    offset, slots, features = [], list[int](), list[int]()
+    for name, metrics in zip(points.names, points.metrics, strict=True):
+        offset.append(len(slots))
+        entity = detector.index.entity(name) if metrics else None
+        if entity is None:
+            own = [f"{name}.{metric}" for metric in metrics] or [name]
+            slots += [detector.index[one] for one in own]
+            features += [0] * len(own)
+            entities = detector.index.entities
+            if wrong := next((one for one in own if (slot := detector.index[one]) < 0 or slot in entities), None):
+                raise InputError(f"{wrong!r} cannot be the name of a KPI")
+            continue
+        places = [entity.features.get(metric, -1) for metric in metrics]
+        if max(places) < 0:
+            raise InputError(
+                f"none of the metrics of {name} ({_few(metrics)}) is known to its model, which knows "
+                f"{_few(list(entity.features))}"
+            )
+        slots += [entity.slot if place >= 0 else -1 for place in places]
+        features += [max(place, 0) for place in places]
+    return np.array(offset, np.int64), np.array(slots, np.int32), np.array(features, np.int32)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + ", …" * (len(names) > 5)
 
 
 def prime(detector: Detector, points: Points, first: int) -> None:
@@ -63,34 +116,40 @@ def prime(detector: Detector, points: Points, first: int) -> None:
         for group in detector.groups
     )
     warmup_ms = int(detector.table.warmup_ms.max())
-    taken = np.zeros(len(points.value), np.bool_)
+    taken = np.zeros(len(points), np.bool_)
+    record = points.record
     for k in range(len(points.names)):
         own = np.flatnonzero((points.kpi[:first] == k) & ~np.isnan(points.value[:first]))
-        begin = len(own) - cells
-        if not calibrated and len(own):
-            time = points.timestamp_ms[own]
+        if not len(own):
+            continue
+        place = own[np.unique(record[own], return_index=True)[1]]  # of each record, its first value
+        begin = len(place) - cells
+        if not calibrated:
+            time = points.timestamp_ms[place]
             begin = min(begin, int(np.searchsorted(time, time[-1] - warmup_ms)) - cells)
-            begin = min(begin, len(own) - cells - config.pot.min_scores)
-        taken[own[max(begin, 0) :]] = True
+            begin = min(begin, len(place) - cells - config.pot.min_scores)
+        taken[own[own >= place[max(begin, 0)]]] = True
     if not taken.any():
         return
-    head = Points(points.names, points.timestamp_ms[taken], points.kpi[taken], points.value[taken], points.label[taken])
-    for _ in run(detector, head):
+    for _ in run(detector, points.take(taken)):
         pass
-    detector.counts = Counts()
+    for one in fields(Counts):  # in place: the groups count into the same
+        setattr(detector.counts, one.name, 0)
 
 
 def training_series(points: Points, interval_ms: int = 0, digests: dict[str, str] | None = None) -> list[TrainSeries]:
-    """Lay each KPI of the points out on its regular grid.
+    """Lay each KPI or entity of the points out on its regular grid.
 
     Args:
         points: unsorted and repeated ones are welcome; of a cell's points the last one wins.
         interval_ms: grid step; 0 infers it as the detector does.
-        digests: SHA-256 of the file of each KPI, for the record.
+        digests: SHA-256 of the file of each KPI or entity, for the record.
 
     Raises:
         InputError: a KPI has too few points to have a grid, or its grid is too long to lay out.
+        ConfigError: entities have differing metrics, or there are KPIs besides entities.
     """
+    metrics = _common_metrics(points)
     series = []
     for k, name in enumerate(points.names):
         own = np.flatnonzero((points.kpi == k) & ~np.isnan(points.value))
@@ -106,24 +165,40 @@ def training_series(points: Points, interval_ms: int = 0, digests: dict[str, str
         origin = int(time[0]) if interval_ms else int(phase[0])
         cell: Int64Array = (time - origin + interval // 2) // interval
         cell -= cell[0]
-        if cell[-1] >= CELLS_MAX:
+        width = max(len(metrics), 1)
+        if cell[-1] >= CELLS_MAX // width:
             raise InputError(
                 f"{name}: its {len(value)} points span {cell[-1] + 1} cells of {interval / 1000:g} s, the limit is "
-                f"{CELLS_MAX}; mend its timestamps or set the interval"
+                f"{CELLS_MAX // width}; mend its timestamps or set the interval"
             )
-        values = np.full((int(cell[-1]) + 1, 1), np.nan)
-        values[cell, 0] = value
+        place = np.array([metrics.index(metric) for metric in points.metrics[k]] or [0])
+        values = np.full((int(cell[-1]) + 1, width), np.nan)
+        values[cell, place[points.feature[own]]] = value
         anomalous = np.zeros(len(values), np.bool_)
         anomalous[cell[label == 1]] = True
-        series.append(TrainSeries(name, values, anomalous, interval, (digests or {}).get(name, "")))
+        series.append(TrainSeries(name, values, anomalous, interval, (digests or {}).get(name, ""), metrics))
     return series
 
 
+def _common_metrics(points: Points) -> tuple[str, ...]:
+    """Return the metrics that all entities have, in the order of the first; none of KPIs."""
+    first = points.metrics[0] if points.metrics else ()
+    for name, metrics in zip(points.names, points.metrics, strict=True):
+        missing, more = [m for m in first if m not in metrics], [m for m in metrics if m not in first]
+        if missing or more:
+            differs = [f"has no {_few(missing)}"] * bool(missing) + [f"has {_few(more)}"] * bool(more)
+            raise ConfigError(
+                f"{name} {' and '.join(differs)}, other than {points.names[0]}; a model of entities needs the same "
+                "metrics of all: train them one by one, or cut the files to the metrics that they share"
+            )
+    return first
+
+
 def head(points: Points, fraction: float) -> tuple[Points, int]:
-    """Return the first part of the points, and the index of the first point behind it."""
-    end = int(len(points.value) * fraction)
-    columns = (points.timestamp_ms[:end], points.kpi[:end], points.value[:end], points.label[:end])
-    return Points(points.names, *columns), end
+    """Return the first part of the points, and the index of the first point behind it; a record is never cut."""
+    edges = np.append(np.flatnonzero(points.begins), len(points))
+    end = int(edges[np.searchsorted(edges, int(len(points) * fraction), side="right") - 1])
+    return points.take(slice(end)), end
 
 
 def sample_points(samples: Sequence[Sample]) -> Points:
@@ -142,7 +217,9 @@ def sample_points(samples: Sequence[Sample]) -> Points:
 
 def trained_checkpoint(bundle: Bundle) -> Checkpoint:
     """Return what was just trained as a checkpoint that lies in no repository, `trained@0`."""
-    return Checkpoint("trained", 0, Path(), bundle.model, bundle.calibration, bundle.interval_ms, bundle.training)
+    return Checkpoint(
+        "trained", 0, Path(), bundle.model, bundle.calibration, bundle.interval_ms, bundle.training, bundle.metrics
+    )
 
 
 class ScoreWriter:

@@ -162,6 +162,16 @@ class Points:
         return begins
 
     @property
+    def n_records(self) -> int:
+        """How many records they are."""
+        return int(self.begins.sum())
+
+    @property
+    def n_entities(self) -> int:
+        """How many of the names are entities; the others are KPIs."""
+        return sum(map(bool, self.metrics))
+
+    @property
     def record(self) -> npt.NDArray[np.int64]:
         """The record of each point, (N,), counted from 0."""
         record: npt.NDArray[np.int64] = np.cumsum(self.begins, dtype=np.int64) - 1
@@ -228,6 +238,7 @@ def read_table(path: Path, *, kpi: str | None = None, entity: bool = False) -> T
     # Melt: a line with F values gives F rows.
     n, width = int(good.sum()), values.shape[1]
     feature = np.tile(np.arange(width, dtype=np.int32), n) if entity else np.zeros(n * width, np.int32)
+    names: tuple[str, ...]
     if entity:
         names, row_kpi = (kpi or _stem(path),), np.zeros(n * width, np.int32)
     elif layout.series is None:
@@ -470,8 +481,8 @@ def _metrics(path: Path, name: str | None, layout: _Layout) -> tuple[str, ...]:
         metrics = ["value"]
     elif layout.series is not None:
         raise InputError(
-            f"{path}: column {layout.header[layout.series]!r} names the KPI of each row; an entity needs a line a time, "
-            "with a column for each of its metrics"
+            f"{path}: column {layout.header[layout.series]!r} names the KPI of each row; an entity needs a line a "
+            "time, with a column for each of its metrics"
         )
     else:
         metrics = [_printable(layout.header[i]) for i in layout.values]

@@ -35,7 +35,7 @@ async def demo(
         settings: broker and store in them are replaced.
         points: what to replay.
         on_event: told each event as it is published.
-        on_progress: told how many points were sent and how many are settled.
+        on_progress: told how many records were sent and how many are settled.
     """
     async with embedded_servers() as servers:
         settings = with_servers(settings, servers)
@@ -75,7 +75,8 @@ async def _drive(
 
     # Sent as fast as the broker takes them, all points would be one batch: a second of silence, then all events at
     # once. So that they come one by one, as they do in life, the replay stays just ahead of the worker.
-    chunk = min(max(len(points.value) // _CHUNKS, 1), CHUNK)
+    total = points.n_records
+    chunk = min(max(total // _CHUNKS, 1), CHUNK)
 
     async def room(begin: int) -> None:
         await until_settled(begin - chunk)
@@ -86,7 +87,7 @@ async def _drive(
         following = group.create_task(follow())
         started = time.monotonic()
         await replay(points, settings.kafka, on_sent=on_sent, chunk=chunk, room=room)
-        await until_settled(len(points.value))
+        await until_settled(total)
         elapsed_s = time.monotonic() - started
         published = sum(partition.published for partition in worker.partitions.values())
         rejected = sum(partition.rejected for partition in worker.partitions.values())

@@ -167,6 +167,12 @@ def counted(n: int, what: str) -> str:
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
+def counted_series(kpis: int, entities: int) -> str:
+    """Return numbers of KPIs and entities in words."""
+    said = [counted(kpis, "KPI")] * (kpis > 0 or not entities)
+    return " and ".join(said + [f"{entities:,} {'entity' if entities == 1 else 'entities'}"] * (entities > 0))
+
+
 def number(x: float, width: float) -> str:
     """Return a value with three digits of the width of its band; more mean nothing to people."""
     if not 1e-4 <= max(abs(x), width) < 1e12 or not 0 < width < math.inf:
@@ -190,8 +196,9 @@ def summary_lines(summary: Summary) -> list[Text]:
     """Return the tables that end a run, line by line, none wider than its cells."""
     lines: list[Text] = []
     if summary.segments:
-        several = summary.kpis > 1
-        rows = [["labelled segment", "", "points", "", *["KPI"] * several]]
+        several = summary.kpis + summary.entities > 1
+        what = "entity" if summary.entities and not summary.kpis else "KPI"
+        rows = [["labelled segment", "", "points", "", *[what] * several]]
         for segment in summary.segments[:_SEGMENTS_SHOWN]:
             rows.append([*_span(summary.segments, segment), f"{segment.points:,}", _caught(segment)])
             rows[-1] += [segment.kpi] * several
@@ -201,7 +208,10 @@ def summary_lines(summary: Summary) -> list[Text]:
         lines.append(Text())
     silences = f" and {counted(summary.silences, 'silence')}" if summary.silences else ""
     figures = [
-        ["points", f"{summary.points:,} of {counted(summary.kpis, 'KPI')}, {summary.scored:,} scored"],
+        [
+            "points",
+            f"{summary.points:,} of {counted_series(summary.kpis, summary.entities)}, {summary.scored:,} scored",
+        ],
         ["missing points completed", f"{summary.missing_completed:,}"],
         ["events", f"{summary.events:,} of {counted(summary.incidents, 'incident')}" + silences],
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,7 +16,7 @@ from stream.events import TYPE_CORRECTED, TYPE_RETRACTED, TYPE_SILENT, Event, Ev
 
 
 class Segment(msgspec.Struct, frozen=True):
-    """A run of points labelled anomalous, and the incident that caught it."""
+    """A run of points (records of an entity) labelled anomalous, and the incident that caught it."""
 
     kpi: str
     start: str
@@ -24,6 +24,7 @@ class Segment(msgspec.Struct, frozen=True):
     points: int
     incident: str | None  # the first one that was open in it
     delay_points: int | None  # points of the segment before it opened; 0: at the first one, or open already
+    metrics: tuple[str, ...] = ()  # of an entity, those that its incident's opening named, the largest share first
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -43,6 +44,7 @@ class Summary(msgspec.Struct, frozen=True):
     elapsed_s: float
     points_per_s: float
     counts: dict[str, int]
+    entities: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class _Incident:
     kpi: str
     opened_ms: int
     ended_ms: int
+    metrics: tuple[str, ...]
 
 
 def summarise(
@@ -73,15 +76,22 @@ def summarise(
     events = list(events)
     begin_ms = int(points.timestamp_ms[first]) if first < len(points.value) else 0
     # One that had ended before the first point that counts belongs to what came before it.
-    incidents = [incident for incident in _incidents(events) if not first or incident.ended_ms >= begin_ms]
+    metric_of = {
+        f"{name}.{metric}": metric
+        for name, of_name in zip(points.names, points.metrics, strict=True)
+        for metric in of_name
+    }
+    incidents = [incident for incident in _incidents(events, metric_of) if not first or incident.ended_ms >= begin_ms]
     labelled = bool((points.label[first:] >= 0).any())
+    begins = points.begins  # the points of a record share its label
     segments: list[Segment] = []
     true_alarms: set[str] = set()
     for k, name in enumerate(points.names):
-        own = np.flatnonzero(points.kpi[first:] == k) + first
+        own = np.flatnonzero((points.kpi[first:] == k) & begins[first:]) + first
         own = own[np.argsort(points.timestamp_ms[own], kind="stable")]
         time, label = points.timestamp_ms[own], points.label[own] == 1
-        of_kpi = [incident for incident in incidents if incident.kpi == name]
+        watched_as = set(points.series(k))
+        of_kpi = [incident for incident in incidents if incident.kpi in watched_as]
         edges = np.flatnonzero(np.diff(np.r_[False, label, False]))
         for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
             open_in = [i for i in of_kpi if i.opened_ms <= time[end - 1] and i.ended_ms >= time[start]]
@@ -95,11 +105,13 @@ def summarise(
                     points=end - start,
                     incident=first_in.id if first_in else None,
                     delay_points=int(np.searchsorted(time[start:end], first_in.opened_ms)) if first_in else None,
+                    metrics=first_in.metrics if first_in else (),
                 )
             )
     segments.sort(key=lambda segment: segment.start)
     return Summary(
-        kpis=len(points.names),
+        kpis=len(points.names) - points.n_entities,
+        entities=points.n_entities,
         points=counts.points,
         scored=counts.scored,
         missing_completed=counts.completed,
@@ -116,13 +128,17 @@ def summarise(
     )
 
 
-def _incidents(events: Iterable[Event]) -> list[_Incident]:
-    opened: dict[str, tuple[str, int]] = {}
+def _incidents(events: Iterable[Event], metric_of: Mapping[str, str]) -> list[_Incident]:
+    opened: dict[str, tuple[str, int, tuple[str, ...]]] = {}
     ended: dict[str, int] = {}
     for event in events:
         if not isinstance(event.data, EventData):
             continue
-        opened.setdefault(event.data.incident, (event.data.kpi, _ms(event.data.opened)))  # its opening may be muted
+        metrics = tuple(feature.metric for feature in event.data.features)
+        if not metrics and event.data.kpi in metric_of:  # watched by itself
+            metrics = (metric_of[event.data.kpi],)
+        # Its opening may be muted.
+        opened.setdefault(event.data.incident, (event.data.kpi, _ms(event.data.opened), metrics))
         if event.type == TYPE_RETRACTED:
             del opened[event.data.incident]
         elif event.data.reason:
@@ -131,7 +147,7 @@ def _incidents(events: Iterable[Event]) -> list[_Incident]:
         elif event.type == TYPE_CORRECTED:  # perhaps of an end that was none
             ended.pop(event.data.incident, None)
     forever = np.iinfo(np.int64).max
-    return [_Incident(i, kpi, at, ended.get(i, int(forever))) for i, (kpi, at) in opened.items()]
+    return [_Incident(i, kpi, at, ended.get(i, int(forever)), metrics) for i, (kpi, at, metrics) in opened.items()]
 
 
 def _ms(text: str) -> int:

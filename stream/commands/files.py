@@ -16,6 +16,7 @@ import typer
 from stream.commands.shared import (
     SAMPLE_START_MS,
     CheckpointRef,
+    Entity,
     FewOnly,
     Files,
     Json,
@@ -30,6 +31,8 @@ from stream.errors import ConfigError, InputError
 if TYPE_CHECKING:
     from models.checkpoint import Bundle
     from models.windows import TrainSeries
+    from stream.csvfile import Points
+    from stream.detector import Detector
 
 
 class Family(StrEnum):
@@ -63,6 +66,7 @@ def backtest(
     window: Annotated[int, typer.Option(help="Window of the model to train, points.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     checkpoint: CheckpointRef = None,
+    entity: Entity = False,
     rules: RulesRef = None,
 ) -> None:
     """Show what would have fired in CSV files, without servers.
@@ -80,7 +84,7 @@ def backtest(
     from stream.service import detector_factory, load_checkpoint, use_one_thread
 
     settings = settings_with(checkpoint, rules)
-    points = csvfile.merge(tables_of(files))
+    points = csvfile.merge(tables_of(files, entity=entity))
     use_one_thread()
     first = 0
     if train_fraction is None:
@@ -95,7 +99,7 @@ def backtest(
     events = []
     unused = FewOnly("points not used")
     with (
-        core.ScoreWriter.to(scores, detector, many=len(points.names) > 1) as writer,
+        core.ScoreWriter.to(scores, detector, many=core.count_series(detector, points) > 1) as writer,
         render.progress("backtest", len(points.value)) as (bar, task),
     ):
         console = render.event_console(bar)
@@ -109,6 +113,7 @@ def backtest(
                 writer.write(result.scores)
             bar.update(task, completed=done)
     unused.end()
+    _say_unwatched(detector, points)
     elapsed_s = time.monotonic() - started
     print_summary(
         summarise(points, events, detector.counts, elapsed_s=elapsed_s, rejected=unused.count, first=first), as_json
@@ -127,10 +132,12 @@ def train(
     generated: Annotated[int, typer.Option(help="Learn from so many generated KPIs as well.")] = 0,
     epochs: Annotated[int, typer.Option(help="At most so many epochs.")] = 30,
     seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    entity: Entity = False,
 ) -> None:
     """Train a model and add it to the model repository.
 
-    Prints where it lies: TOCSIN_CHECKPOINTS/NAME/VERSION.
+    Prints where it lies: TOCSIN_CHECKPOINTS/NAME/VERSION. With --entity, one model takes all metrics of an entity; the
+    files need the same columns.
     """
     from models import checkpoint as repository
     from models.errors import CheckpointError
@@ -142,6 +149,8 @@ def train(
     settings = settings_with()
     if not files and not generated:
         raise ConfigError("nothing to learn from: give CSV files, or --generated N")
+    if entity and generated:
+        raise ConfigError("--entity and --generated: a generated series is one KPI; give one of them")
     try:
         repository.check_name(name)
     except CheckpointError as e:
@@ -149,7 +158,7 @@ def train(
     use_one_thread()
     series = []
     if files:
-        tables = tables_of(files)
+        tables = tables_of(files, entity=entity)
         digests = {kpi: hashlib.sha256(t.path.read_bytes()).hexdigest() for t in tables for kpi in t.names}
         series += core.training_series(csvfile.merge(tables), round(settings.interval_s * 1000), digests)
     for k in range(generated):
@@ -195,6 +204,17 @@ def sample(
         say(f"{begin}  {end}  {segment.kind}")
 
 
+def _say_unwatched(detector: Detector, points: Points) -> None:
+    """Say how many points no rule watches, and what may be the reason."""
+    if not (count := detector.counts.unwatched):
+        return
+    wide = next((group.served for group in detector.groups if group.features > 1), None)
+    hint = ""
+    if wide is not None and not any(points.metrics):
+        hint = f"; {wide.ref} watches entities of {len(wide.metrics)} metrics, which --entity makes of files"
+    say(f"{count:,} points of KPIs that no rule watches{hint}")
+
+
 def _train(
     series: Sequence[TrainSeries],
     family: Family,
@@ -212,7 +232,7 @@ def _train(
     assert family is Family.DEEPANT
     kind = scaling.value if scaling is not Scaling.AUTO else ("train" if len(series) == 1 else "window")
     config = TrainConfig(
-        model=DeepAnTConfig(window=window, scaling=kind),  # type: ignore[arg-type]  # a Literal of the same words
+        model=DeepAnTConfig(window=window, features=series[0].values.shape[1], scaling=kind),  # type: ignore[arg-type]  # a Literal of the same words
         seed=seed,
         epochs=epochs,
         command=command,

@@ -18,6 +18,7 @@ import typer
 from stream.commands.shared import (
     SAMPLE_START_MS,
     CheckpointRef,
+    Entity,
     Files,
     Json,
     RulesRef,
@@ -69,6 +70,7 @@ def demo(
     as_json: Json = False,
     checkpoint: CheckpointRef = None,
     rules: RulesRef = None,
+    entity: Entity = False,
 ) -> None:
     """Show the whole path at work.
 
@@ -81,12 +83,13 @@ def demo(
 
     settings = settings_with(checkpoint, rules)
     set_up_logging("CRITICAL" if settings.log_level == "INFO" else settings.log_level)
-    points = points_of(files) if files else backtest.sample_points([sample.generate(28, 300, 7, SAMPLE_START_MS)])
-    say(
-        f"replaying {render.counted(len(points.value), 'point')} of {render.counted(len(points.names), 'KPI')} "
-        "through an embedded broker and store"
+    points = (
+        points_of(files, entity=entity)
+        if files
+        else backtest.sample_points([sample.generate(28, 300, 7, SAMPLE_START_MS)])
     )
-    with render.progress("replay", len(points.value)) as (bar, task):
+    say(f"replaying {render.counted(len(points), 'point')} of {_series(points)} through an embedded broker and store")
+    with render.progress("replay", points.n_records) as (bar, task):
         console = render.event_console(bar)
 
         def on_event(event: Event) -> None:
@@ -164,12 +167,14 @@ def replay(
         float, typer.Option("--timeout", help="With --verify: wait so long, seconds, while the service does nothing.")
     ] = 60.0,
     rules: RulesRef = None,
+    entity: Entity = False,
     as_json: Json = False,
 ) -> None:
     """Send the points of CSV files to the points topic.
 
     Several files are merged by time. A replay stopped by Ctrl-C or SIGTERM goes on with --resume: no point is lost or
-    sent twice. After a kill -9 up to 5,000 points may be sent twice; the detector takes them for duplicates.
+    sent twice. After a kill -9 up to 5,000 points may be sent twice; the detector takes them for duplicates. With
+    --entity each line is one record, of all metrics of its file's entity.
 
     With --verify, waits until the service has taken all of them in, back-tests the files with the settings and rules at
     hand, which should be the service's, and prints each event that is missing, unexpected or different; exit code 1 if
@@ -186,15 +191,15 @@ def replay(
     from stream.replay import replay as run_replay
     from stream.service import find_servers, set_up_logging
 
-    points = points_of(files)
+    points = points_of(files, entity=entity)
     settings = find_servers(settings_with(rules=rules), store=False)
     set_up_logging(settings.log_level)
     target = topic or settings.kafka.points_topic
-    total = len(points.value)
-    position = Position.of(_state_dir(), files, target, settings.kafka.bootstrap_servers)
+    total, unit = points.n_records, "record" if entity else "point"
+    position = Position.of(_state_dir(), files, target, settings.kafka.bootstrap_servers, entity=entity)
     first, shift_ms = position.read() if resume else (0, 0)
     if resume and first >= total:
-        say(f"all {total:,} points are in {target} already; without --resume they are sent again")
+        say(f"all {total:,} {unit}s are in {target} already; without --resume they are sent again")
         return
     if shift_to_now and not first:  # a resumed one keeps its grid
         shift_ms = int(time.time() * 1000) - int(points.timestamp_ms.max())
@@ -213,7 +218,7 @@ def replay(
                 points, settings.kafka, topic=target, speed=pace, shift_ms=shift_ms, first=first, on_sent=on_sent
             )
         say(
-            f"sent {render.counted(total - first, 'point')} of {render.counted(len(points.names), 'KPI')} to {target}"
+            f"sent {render.counted(total - first, unit)} of {_series(points)} to {target}"
             f" at {settings.kafka.bootstrap_servers}"
         )
 
@@ -230,7 +235,7 @@ def replay(
         asyncio.run(_until_sigterm(work()))
     except (KeyboardInterrupt, _Terminated):
         if sent < total and not no_send:
-            say(f"stopped after {sent:,} of {total:,} points; the same command with --resume goes on")
+            say(f"stopped after {sent:,} of {total:,} {unit}s; the same command with --resume goes on")
         raise KeyboardInterrupt from None
     if found is not None:
         for note in found.notes:
@@ -238,6 +243,12 @@ def replay(
         render.print_comparison(found, as_json=as_json)
         if not found:
             raise typer.Exit(1)
+
+
+def _series(points: Points) -> str:
+    from stream import render
+
+    return render.counted_series(len(points.names) - points.n_entities, points.n_entities)
 
 
 def _check_verify(verify: bool, never: dict[str, bool], only: dict[str, bool]) -> None:

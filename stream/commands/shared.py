@@ -31,6 +31,11 @@ RulesRef = Annotated[
 ]
 
 
+Entity = Annotated[
+    bool, typer.Option("--entity", help="Each file is one entity, named by its stem; its columns are the metrics.")
+]
+
+
 def say(text: str) -> None:
     """Tell people something that is no data."""
     typer.echo(text, err=True)
@@ -44,13 +49,13 @@ def settings_with(checkpoint: str | None = None, rules: Path | None = None) -> S
     return load_settings().model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
-def tables_of(files: Sequence[Path]) -> list[Table]:
-    """Read CSV files; say which lines could not be used."""
+def tables_of(files: Sequence[Path], *, entity: bool = False) -> list[Table]:
+    """Read CSV files, as KPIs or as an entity each; say which lines could not be used."""
     from stream import csvfile
 
     tables = []
     for file in files:
-        table = csvfile.read_table(file)
+        table = csvfile.read_table(file, entity=entity)
         for line in table.refused[:_SHOWN]:
             say(f"{file}:{line.line}: not used: {line.reason}: {line.text}")
         if table.n_refused > _SHOWN:
@@ -59,11 +64,11 @@ def tables_of(files: Sequence[Path]) -> list[Table]:
     return tables
 
 
-def points_of(files: Sequence[Path]) -> Points:
+def points_of(files: Sequence[Path], *, entity: bool = False) -> Points:
     """Read CSV files as one stream, merged by time."""
     from stream import csvfile
 
-    return csvfile.merge(tables_of(files))
+    return csvfile.merge(tables_of(files, entity=entity))
 
 
 def print_summary(summary: Summary, as_json: bool) -> None:
