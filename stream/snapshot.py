@@ -83,7 +83,7 @@ def row_dtype(group: Group, window: int | None = None) -> np.dtype[np.void]:
         [
             ("interval_ms", "<i8"),
             ("phase_ms", "<i8"),
-            ("misfit", "<i4"),
+            ("misfit", "<u2"),  # as `filled` and `steps` wider in memory than it need be
             ("backoff", "u1"),
             ("probing", "u1"),
             ("heard_ms", "<i8"),
@@ -92,12 +92,12 @@ def row_dtype(group: Group, window: int | None = None) -> np.dtype[np.void]:
             ("first_score_ms", "<i8"),
             ("shift", "<f8", (f,)),
             ("newest", "<i8"),
-            ("filled", "<i4"),
+            ("filled", "<u2" if w < 2**16 else "<u4"),
             ("origin", "<f8", (f,)),
             ("seen", "<f4", (w, f)),
             ("actual", "<f4", (w, f)),
             ("step_mean", "<f8", (f,)),
-            ("steps", "<i4", (f,)),
+            ("steps", "<u2", (f,)),
             ("learned", "u1", ((w * f + 7) // 8,)),
             *((name, getattr(group.incidents, name).dtype.newbyteorder("<")) for name in Incidents.ARRAYS),
             ("threshold", group.threshold.dtype),
