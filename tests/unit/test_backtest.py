@@ -67,7 +67,7 @@ def test_run_shares_the_names_of_the_detector() -> None:
     live.index["already there"]
     list(backtest.run(live, stream([*normal_points(20, name="b"), *normal_points(20, name="a")])))
     assert live.index.names == ["already there", "b", "a"]
-    assert live.windows.filled[:3].tolist() == [0, 9, 9]
+    assert live.groups[0].windows.filled[:3].tolist() == [0, 9, 9]
 
 
 def test_run_refuses_a_name_that_cannot_be_one() -> None:
@@ -119,10 +119,10 @@ def test_jitter_falls_into_the_cells_that_the_detector_takes() -> None:
     (series,) = training_series(stream(points))
     live = detector()
     run_directly(live, points)
-    assert series.interval_ms == live.interval_ms[0] == MINUTE
-    assert (
-        len(series.values) == live.windows.newest[0] + 1 - (points[0][1] - live.phase_ms[0] + 30_000) // MINUTE == 100
-    )
+    (group,) = live.groups
+    phase_ms = group.placing.phase_ms[0]
+    assert series.interval_ms == group.placing.interval_ms[0] == MINUTE
+    assert len(series.values) == group.windows.newest[0] + 1 - (points[0][1] - phase_ms + 30_000) // MINUTE == 100
     assert not np.isnan(series.values).any()
 
 

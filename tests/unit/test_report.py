@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import pytest
 
 from stream.csvfile import Points
 from stream.detector import Counts
-from stream.events import TYPE_OPENED, TYPE_RESOLVED, TYPE_UPDATED, Event, EventData, WindowInfo, iso_time, make_event
+from stream.events import (
+    TYPE_OPENED,
+    TYPE_RESOLVED,
+    TYPE_UPDATED,
+    Event,
+    EventData,
+    Feature,
+    WindowInfo,
+    iso_time,
+    make_event,
+)
 from stream.report import Summary, as_json, summarise
 from tests.helpers import MINUTE, T0
 
@@ -33,6 +45,7 @@ def event(kind: str, incident: str, minute: int, *, kpi: str = "a", opened: int 
         kpi=kpi, incident=incident, severity="warning", model="m@1", opened=iso_time(T0 + opened * MINUTE),
         anomalies=1, value=1, expected=0, lower=-1, upper=1, score=2, threshold=1, ratio=2, probability=1e-5,
         window=WindowInfo(30, 0), last_anomaly="" if last is None else iso_time(T0 + last * MINUTE),
+        reason="" if last is None else "recovered",
     )  # fmt: skip
     return make_event(kind, f"{incident}-{minute}", T0 + minute * MINUTE, data)
 
@@ -105,9 +118,7 @@ def test_what_was_trained_on_is_not_counted() -> None:
 def test_points_out_of_order_are_put_in_order() -> None:
     points = stream("0011100")
     order = np.array([0, 1, 3, 2, 4, 6, 5])
-    shuffled = Points(
-        points.names, points.timestamp_ms[order], points.kpi[order], points.value[order], points.label[order]
-    )
+    shuffled = points.take(order)
     assert judged(shuffled, incident(3, 4)).segments == judged(points, incident(3, 4)).segments
 
 
@@ -115,3 +126,36 @@ def test_the_figures() -> None:
     summary = judged(stream("0011100"), incident(2, 4))
     assert summary.points == 7 and summary.points_per_s == 3.5 and summary.events == 2 and summary.kpis == 1
     assert as_json(summary)["summary"]["segments"][0]["points"] == 3
+
+
+# -- entities ---------------------------------------------------------------------------------------------------------
+
+
+def entities(*labels: str, metrics: tuple[str, ...] = ("cpu", "mem", "net")) -> Points:
+    """Return one entity a string, as `stream` does KPIs: each minute a record of all metrics, of one label."""
+    points = stream(*labels)
+    many = points.take(np.repeat(np.arange(len(points)), len(metrics)))
+    feature = np.tile(np.arange(len(metrics), dtype=np.int32), len(points))
+    return dataclasses.replace(many, metrics=(metrics,) * len(labels), feature=feature)
+
+
+def test_the_points_of_an_entity_s_segment_are_its_records() -> None:
+    summary = judged(entities("0011100000", "0000000110"), incident(4, 6) + incident(1, 2, kpi="b"))
+    assert (summary.caught, summary.false_alarms) == (1, 1)
+    assert [(s.kpi, s.points, s.delay_points) for s in summary.segments] == [("a", 3, 2), ("b", 2, None)]
+    assert (summary.kpis, summary.entities) == (0, 2)
+    assert judged(stream("0011"), []).entities == 0
+
+
+def test_a_segment_says_which_metrics_its_incident_named() -> None:
+    made = event(TYPE_OPENED, "a2", 2, opened=2)
+    features = [Feature(metric, 0.5, 1.0, 0.0, -1.0, 1.0) for metric in ("net", "cpu")]
+    made = msgspec.structs.replace(made, data=msgspec.structs.replace(made.data, features=features))
+    (segment,) = judged(entities("00111"), [made]).segments
+    assert segment.metrics == ("net", "cpu")
+
+
+def test_an_entity_watched_metric_by_metric_is_caught_by_any_of_them() -> None:
+    (segment,) = judged(entities("0011100000"), incident(3, 4, kpi="a.mem")).segments
+    assert (segment.kpi, segment.delay_points, segment.metrics) == ("a", 1, ("mem",))
+    assert judged(entities("0011100000"), incident(3, 4, kpi="a.mem")).false_alarms == 0
