@@ -22,6 +22,7 @@ from stream.columns import AnyArray, BoolArray, Columns, Int32Array, Int64Array,
 from stream.detector import Detector
 from stream.errors import StateError
 from stream.group import NEVER, Group
+from stream.group import NONE as NO_COPY
 from stream.incidents import Incidents
 from stream.placing import NO_PHASE, Placing
 from stream.revision import Statement
@@ -392,9 +393,10 @@ def _put_tail(group: Group, slot: int, tail: _Tail, *, revisable: bool) -> None:
         return
     at, copies = np.array([slot + 1, slot + 2], np.int32), np.frombuffer(past.copies, row_dtype(group))
     _put(group, at, copies, np.ones(2, np.bool_), ["", ""])
+    group.copied[slot] = past.copied
+    at = at[group.copied[slot] != NO_COPY]
     group.threshold.set_risk(at, group.q[slot])  # what the rule asks for now, as of the series itself
     group.threshold.set_drift(at, int(group.table.drift[group.rule[slot]]))
-    group.copied[slot] = past.copied
     group.raw[slot] = np.frombuffer(past.raw, "<f8").reshape(group.raw.shape[1:])
     group.stamp[slot] = np.frombuffer(past.stamp, "<i8")
     group.fills[slot] = list(past.fills)
