@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.pot import Health, PotConfig
 from stream import events, snapshot
+from stream.columns import Columns
 from stream.detector import Detector, Served
 from stream.group import Group
 from stream.incidents import State
@@ -30,6 +31,7 @@ from tests.helpers import (
     reborn,
     records,
     run,
+    setups,
     streams,
 )
 
@@ -759,6 +761,68 @@ def test_another_drift_begins_the_threshold_anew() -> None:
     group, row = group_of(fresh, "open")
     assert group.threshold.health(np.array([row])).tolist() == [Health.WARMING]
     assert group.threshold.pack(np.array([row]))["depth"] == 50
+
+
+SERVED = (
+    *(Served(f"one-{window}@1", Persistence(window)) for window in (4, 9, 16)),
+    Served("other@1", Persistence(), calibration=np.random.default_rng(1).exponential(size=200)),
+    *(Served(f"three-{window}@1", Persistence(window, 3), ("cpu", "mem", "io")) for window in (4, 9, 16)),
+)
+any_setup = setups(st.sampled_from(SERVED))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    before=any_setup, after=any_setup, kpis=streams(most=80), entity=records("m", 3, most=80), seed=st.integers(0, 99)
+)
+def test_any_state_goes_on_under_any_rules(
+    before: Setup, after: Setup, kpis: list[Record], entity: list[Record], seed: int
+) -> None:
+    """Blobs come back, are left out, or are refused by name; what came back goes on, and is packed like any other."""
+    after = replace(after, config=before.config)  # another ring of the threshold is another matter
+    order = np.random.default_rng(seed).permutation(np.repeat([0, 1], [len(kpis), len(entity)])).tolist()
+    queues = iter(kpis), iter(entity)
+    arrivals = [next(queues[i]) for i in order]
+    live, fresh = before.detector(), after.detector()
+    live.accept(batch(live, arrivals[: len(arrivals) // 2]))
+    blobs = packed(live)
+    outcome = snapshot.unpack(fresh, blobs)
+    back = packed(fresh)
+    assert outcome.series == len(back)
+    assert back.keys() <= blobs.keys()
+    gone = blobs.keys() - back.keys()
+    refused = {str(problem).split("'")[1].encode() for problem in outcome.refused}
+    assert refused <= gone
+    for name in gone - refused:
+        rule_ = fresh.rule_for(name.decode(), entity=name == b"m")
+        assert rule_ < 0 or fresh.served[rule_] is None
+    again = after.detector()
+    assert snapshot.unpack(again, back).series == len(back)
+    assert packed(again) == back, "of the same rules nothing changes"
+
+    rest = arrivals[len(arrivals) // 2 :]
+    result, other = fresh.accept(batch(fresh, rest)), again.accept(batch(again, rest))
+    assert [events.encode(event) for event in result.events] == [events.encode(event) for event in other.events]
+    assert packed(again) == packed(fresh)
+    for group in fresh.groups:
+        used = np.arange(len(group.names), dtype=np.int32)[[bool(name) for name in group.names]]
+        full = used[group.windows.filled[used] == group.window]
+        values, _ = group.windows.history(full, group.windows.newest[full] + 1)
+        assert np.isfinite(values).all()
+        assert (group.placing.probing[used] | (group.placing.interval_ms[used] > 0)).all()
+        asked = after.rules[0].policy.interval_ms if len(after.rules) == 1 else 0
+        assert not asked or (group.placing.interval_ms[used] == asked).all()
+
+
+def batch(to: Detector, arrivals: Sequence[Record]) -> Columns:
+    """The arrivals, of which an entity's go to its metrics where it is watched metric by metric."""
+    flat: list[Record] = []
+    for name, time, value in arrivals:
+        if isinstance(value, Mapping) and to.index.entity(name) is None:
+            flat += [(f"{name}.{feature}", time, x) for feature, x in value.items()]
+        else:
+            flat.append((name, time, value))
+    return columns(to, flat)
 
 
 def test_another_span_of_silence_holds_at_once() -> None:
