@@ -168,6 +168,8 @@ class Detector:
         interval = np.zeros(len(points), np.int64)
         for number, group in enumerate(self.groups):
             own = np.flatnonzero(self.group_of[points.slot] == number)
+            if not len(own):  # its changes are those of an earlier batch
+                continue
             row_of, row = self.row_of[points.slot[own]], points.row[own]
             placing = group.placing
             now = np.where(placing.probing, 0, placing.interval_ms)[row_of]
