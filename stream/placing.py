@@ -2,7 +2,7 @@
 
 A series probes until its interval is known: its points are held, and released once enough of them have come. A series
 whose interval was inferred probes again when its points keep missing the next cell, for its interval may have changed;
-the grid it had is given up only if the new points refute it.
+the grid it had is given up only if the new points are regular on another.
 
 Immediate series (KPIs) need `grid.PROBE_POINTS` distinct timestamps in any order. Waiting series (entities, KPIs that
 are told to) need that the earliest ones can no longer change, which is when they lie more than the lateness behind: so
@@ -22,8 +22,8 @@ from stream.policy import PolicyTable
 NO_PHASE = np.iinfo(np.int64).min
 _MISFIT = 2  # a point that does not fall into the next cell counts so much against the grid, one that does 1 for it
 _PATIENCE = 16  # misfit at which a series probes again, twice as much after each time that was in vain …
-_REGULAR_WITHIN = 0.1  # of the new interval: steps of its probe that are one interval long …
-_REGULAR_MIN = 5  # … are to be so many of the seven
+_ALIKE_WITHIN = 0.1  # of the new interval: the old one is another, and steps are one interval long …
+_REGULAR_MIN = 5  # … of which there must be so many among the seven of a probe
 _BACKOFF_MAX = 8  # … up to so many times
 
 
@@ -174,14 +174,11 @@ class Placing:
         interval, phase = grid.infer_interval(times)
         before = self.interval_ms[slots]
         again = before > 0
-        old_cell = self._cell(times, self.phase_ms[slots][:, None], np.maximum(before, 1)[:, None])
-        apart = np.diff(old_cell, axis=1)
-        # Refuted is what puts two points into one cell, or leaves a cell between any two of them.
-        refuted = (apart == 0).any(axis=1) | (apart != 1).all(axis=1)
-        # An irregular series refutes every grid, and is none the better for another.
-        regular = np.abs(np.diff(times, axis=1) - interval[:, None]) <= _REGULAR_WITHIN * interval[:, None]
-        refuted &= regular.sum(axis=1) >= _REGULAR_MIN
-        other = ~again | (refuted & (interval != before))
+        # An irregular series fits no grid, and is none the better for another.
+        regular = np.abs(np.diff(times, axis=1) - interval[:, None]) <= _ALIKE_WITHIN * interval[:, None]
+        other = ~again | (
+            (regular.sum(axis=1) >= _REGULAR_MIN) & (np.abs(interval - before) > _ALIKE_WITHIN * interval)
+        )
         self.interval_ms[slots[other]], self.phase_ms[slots[other]] = interval[other], phase[other]
         self.misfit[slots] = 0
         self.backoff[slots] = np.where(other, 0, np.minimum(self.backoff[slots] + 1, _BACKOFF_MAX))
