@@ -205,13 +205,13 @@ async def end_offsets(settings: KafkaSettings, topic: str) -> dict[int, int]:
 async def _reading(
     settings: KafkaSettings, topic: str, consumer: AIOKafkaConsumer
 ) -> AsyncIterator[list[TopicPartition]]:
-    count = await ensure_topics(
-        settings.bootstrap_servers,
-        {topic: settings.partitions},
-        replication_factor=settings.replication,
-        deadline_s=settings.connect_timeout_s,
-    )
     try:
+        count = await ensure_topics(
+            settings.bootstrap_servers,
+            {topic: settings.partitions},
+            replication_factor=settings.replication,
+            deadline_s=settings.connect_timeout_s,
+        )
         await consumer.start()
         at = [TopicPartition(topic, number) for number in range(count[topic])]
         consumer.assign(at)
@@ -395,15 +395,15 @@ async def verify(
         sent = await survey(settings, points, begin, timeout_s=timeout_s)
     if absent := [name for name in names if not sent.has(name)]:
         raise ConfigError(f"{settings.points_topic} holds no point of {_some(absent)}: nothing to compare")
-    if not sent.holds(points):
-        raise ConfigError(
-            f"{settings.points_topic} holds other points of {_some(names)} than the file (sent twice, in parts, "
-            "shifted, or by others): a comparison means nothing"
-        )
     if split_up := [name for name in names if len(sent.partitions[name]) > 1]:
         raise ConfigError(
             f"{settings.points_topic} holds the points of {_some(split_up)} in several partitions: no worker has seen "
             "all of them; key the records by KPI"
+        )
+    if not sent.holds(points):
+        raise ConfigError(
+            f"{settings.points_topic} holds other points of {_some(names)} than the file (sent twice, in parts, "
+            "shifted, or by others): a comparison means nothing"
         )
     await until_committed(settings, sent.ends, timeout_s=timeout_s, on_progress=on_waiting)
     partition = {name: min(sent.partitions[name]) for name in names}

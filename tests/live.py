@@ -16,7 +16,7 @@ from stream.csvfile import Points
 from stream.events import Event
 from stream.kafka import client_options, points_producer
 from stream.sample import generate
-from stream.service import detector_factory, make_worker
+from stream.service import detector_factory, make_worker, use_one_thread
 from stream.settings import KafkaSettings, Settings, load_settings
 from stream.verify import end_offsets, expected, partition_of
 from stream.worker import Worker
@@ -44,14 +44,15 @@ def environment_for(bootstrap: str, redis_url: str, unique: str, **more: str) ->
     } | more
 
 
-def sample_points() -> Points:
-    """Return two weeks of three KPIs, merged by time: some 12,000 points with incidents in each."""
+def sample_points(days: int = 14) -> Points:
+    """Return some days of three KPIs, merged by time; of two weeks some 12,000 points with incidents in each."""
     kinds = ("requests", "cpu", "memory")
-    return backtest.sample_points([generate(14, 300, seed, START_MS, kind=kind) for seed, kind in enumerate(kinds)])
+    return backtest.sample_points([generate(days, 300, seed, START_MS, kind=kind) for seed, kind in enumerate(kinds)])
 
 
 def backtested(points: Points, settings: Settings) -> list[Event]:
     """Return the events of a back-test, partition by partition: silence goes by what the others of one send."""
+    use_one_thread()
     partition = {name: partition_of(name, settings.kafka.partitions) for name in points.names}
     return expected(points, partition, detector_factory(settings))
 

@@ -15,7 +15,9 @@ from stream import events
 from stream.columns import SeriesIndex
 from stream.commands import app
 from stream.events import Event
+from stream.policy import Policy
 from stream.records import Reason, decode
+from stream.rules import RULE_FIELDS, parse_rules
 from stream.settings import known_names
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -67,6 +69,18 @@ def test_every_command_and_option_that_is_shown_exists() -> None:
         known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
         for word in words:
             assert not word.startswith("--") or word.split("=")[0] in known, f"README.md: {text}: {word}"
+
+
+def test_the_rules_shown_are_read() -> None:
+    (shown,) = [block for block in CODE if block.startswith("rules:")]
+    rules = parse_rules(shown, source="README.md", base=Path(), defaults=Policy())
+    assert len(rules.rules) > 3 and rules.hidden({"": 1}) == []
+
+
+def test_every_field_of_a_rule_is_there_and_no_other() -> None:
+    table = README.partition("| field | meaning |")[2].partition("\n\n")[0]
+    shown = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(name for row in shown for name in row) == sorted(RULE_FIELDS)
 
 
 def test_every_reason_of_a_reject_is_there() -> None:

@@ -31,7 +31,7 @@ from tests.live import (
     working,
 )
 
-POINTS = sample_points()
+POINTS = sample_points(8)
 SOON = {"TOCSIN_RULES_POLL_S": "0.1", "TOCSIN_KAFKA__MAX_POLL_RECORDS": "500"}
 
 ALL_KINDS = """
@@ -84,7 +84,7 @@ async def test_live_equals_backtest_under_rules_of_all_kinds(
     rules = tmp_path / "rules.yaml"
     rules.write_text(ALL_KINDS.format(further=f"further.{unique}"))
     settings = settings_for(broker, redis_url, unique, TOCSIN_RULES=str(rules), TOCSIN_KAFKA__PARTITIONS="2")
-    points = late(POINTS)
+    points = late(sample_points(5))
     half = len(points.value) // 2
     async with working(settings):
         await replay(part(points, slice(half)), settings.kafka)

@@ -66,8 +66,8 @@ def committed_clocks(settings: Settings) -> list[tuple[int, int, int]]:
 
 async def test_without_any_traffic_the_clock_tells(broker: str, redis_url: str, unique: str, at_once: None) -> None:
     settings = settings_for(broker, redis_url, unique, **RULES)
-    event_ms = now_ms() // MINUTE * MINUTE
     arrived_ms = now_ms() - SPAN_MS - 1_000
+    event_ms = arrived_ms // MINUTE * MINUTE
     async with working(settings):
         await send(settings.kafka, [("a", event_ms, 1.0), ("b", event_ms, 1.0)], arrived_ms=arrived_ms)
         await send(settings.kafka, [("fresh", event_ms, 1.0)])

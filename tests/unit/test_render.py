@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from stream import render
-from stream.events import TYPE_OPENED
+from stream.events import TYPE_OPENED, TYPE_RESUMED, TYPE_SILENT, SilenceData, make_event
 from stream.report import Segment, Summary
 from tests.unit.test_report import event
 
@@ -32,7 +32,22 @@ def test_numbers_have_the_digits_that_mean_something(value: float, width: float,
 def test_an_event_is_one_line() -> None:
     line = render.event_line(event(TYPE_OPENED, "x", 3)).plain
     assert line == (
-        "2016-07-24 16:03:00  opened   warning  a  1.00, expected 0.00 (-1.00 … 1.00), 2.00 × threshold, p = 1e-05"
+        "2016-07-24 16:03:00  opened    warning  a  1.00, expected 0.00 (-1.00 … 1.00), 2.00 × threshold, p = 1e-05"
+    )
+
+
+def test_silence_is_one_line() -> None:
+    data = SilenceData(
+        kpi="a", last_seen="2016-07-24T16:00:00Z", interval_s=60, silent_after_s=300, basis="wall_clock", rule="x"
+    )
+    silent = make_event(TYPE_SILENT, "x-silent", 1_469_376_300_000, data)
+    assert render.event_line(silent).plain == (
+        "2016-07-24 16:05:00  silent             a  "
+        "no point for 5 min, the last one at 2016-07-24 16:00:00, by the clock"
+    )
+    resumed = make_event(TYPE_RESUMED, "x-resumed", 1_469_383_200_000, msgspec.structs.replace(data, silent_s=7200.0))
+    assert render.event_line(resumed).plain == (
+        "2016-07-24 18:00:00  resumed            a  sends points again after 2.0 h"
     )
 
 
@@ -42,8 +57,8 @@ SEGMENTS = (
     Segment("b", "2026-01-31T23:50:00Z", "2026-02-01T00:10:00Z", 1234, "2", 1),
 )
 SUMMARY = Summary(
-    kpis=2, points=7954, scored=7894, missing_completed=59, events=20, incidents=10, segments=SEGMENTS, caught=2,
-    false_alarms=2, rejected=0, elapsed_s=3.0, points_per_s=2651.0, counts={},
+    kpis=2, points=7954, scored=7894, missing_completed=59, events=20, incidents=10, silences=0, segments=SEGMENTS,
+    caught=2, false_alarms=2, rejected=0, elapsed_s=3.0, points_per_s=2651.0, counts={},
 )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from stream.errors import ConfigError
+from stream.policy import Policy
+from stream.results import DetectorConfig
 from stream.settings import PREFIX, Settings, _explain, known_names, load_settings
 
 SECRET = "hunter2-and-more"
@@ -162,19 +164,28 @@ def test_settings_do_not_change() -> None:
 
 
 def test_the_core_gets_what_was_set() -> None:
-    config = load_settings(
+    settings = load_settings(
         {
             "TOCSIN_INTERVAL_S": "0.5",
             "TOCSIN_WARMUP_H": "1",
             "TOCSIN_ACCEPT_AFTER_H": "2",
             "TOCSIN_RECOVER_AFTER": "5",
+            "TOCSIN_LATENESS_S": "90",
+            "TOCSIN_SILENT_AFTER": "7",
             "TOCSIN_MIN_OBSERVED": "0.5",
             "TOCSIN_SOURCE": "/x",
             "TOCSIN_POT__Q": "1e-3",
             "TOCSIN_POT__LEVEL": "0.9",
             "TOCSIN_POT__MIN_SCORES": "99",
         }
-    ).detector()
-    assert (config.interval_ms, config.warmup_ms, config.incidents.accept_after_ms) == (500, 3_600_000, 7_200_000)
-    assert (config.incidents.recover_after, config.min_observed, config.source) == (5, 0.5, "/x")
+    )
+    config, policy = settings.detector(), settings.policy()
+    assert (policy.interval_ms, policy.warmup_ms, policy.accept_after_ms) == (500, 3_600_000, 7_200_000)
+    assert (policy.recover_after, policy.lateness_ms, policy.silent_after, policy.q) == (5, 90_000, 7, 1e-3)
+    assert (config.min_observed, config.source) == (0.5, "/x")
     assert (config.pot.q, config.pot.level, config.pot.min_scores) == (1e-3, 0.9, 99)
+
+
+def test_the_defaults_are_those_of_the_core() -> None:
+    assert Settings().policy() == Policy(silent_after=Settings().silent_after)
+    assert Settings().detector() == DetectorConfig()
