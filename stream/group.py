@@ -11,31 +11,21 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 
-import msgspec
 import numpy as np
 
 from models.base import Forecast, residual
-from models.pot import Health, Outcome, Spot, Step
+from models.pot import Health, Outcome, Spot
 from stream import grid
 from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array
 from stream.events import (
     SEVERITIES,
-    TYPE_OPENED,
-    TYPE_RESOLVED,
-    TYPE_UPDATED,
     Event,
-    EventData,
-    Feature,
-    Peak,
     SeverityName,
-    WindowInfo,
     incident_id,
     iso_time,
-    make_event,
-    rounded_to,
-    significant,
 )
 from stream.incidents import Action, IncidentPolicy, Incidents, State, severity_of
+from stream.judged import Judged, anomaly_event, ratio_of
 from stream.placing import Cells, Placing
 from stream.policy import PolicyTable, Rule
 from stream.records import Reject
@@ -48,9 +38,6 @@ NEVER = -1  # no event time: those are not negative
 NONE = -(2**62)  # no cell
 _FIRST_CAPACITY = 64
 _SCORE_MAX = 1e38  # below the largest float32
-_PROBABILITY_MIN = 1e-12  # what a tail fitted to a hundred excesses says below it means no more than "never seen"
-_RATIO_MAX = 1e9  # a threshold of 0 (a series that was always forecast exactly) has no ratio
-_SHARE_MIN, _FEATURES_MAX = 0.05, 5  # of an entity's features an event names those that matter
 
 
 class _Kind(IntEnum):
@@ -84,20 +71,6 @@ class _Output:
 
     said: list[tuple[int, Said]]  # series, what it says
     scores: list[Scores] | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    """Points of a wave, (K,), with what was expected of them and how they were judged."""
-
-    slot: Int32Array
-    timestamp_ms: Int64Array
-    value: Float64Array  # (K, F), NaN where it was not scored
-    forecast: Forecast
-    error: Float64Array  # (K, F), what counts of the residual
-    score: Float64Array
-    step: Step
-    completed: Int64Array  # cells of the window that hold no value that arrived
 
 
 class Group:
@@ -346,7 +319,7 @@ class Group:
         learn = observed
         full = np.flatnonzero(filled == self.window)
         row_scores = np.full((3, len(slot)), np.nan)  # score, threshold, probability
-        judged: _Judged | None = None
+        judged: Judged | None = None
         if len(full):
             history, learned = self.windows.history(slot[full], cell[full])
             forecast = self.model.forecast(history, self.windows.usual_step(slot[full]), learned)
@@ -394,7 +367,7 @@ class Group:
     def _withhold(
         self,
         which: Int64Array,
-        judged: _Judged,
+        judged: Judged,
         flagged: BoolArray,
         value: Float64Array,
         completion: Float64Array,
@@ -411,7 +384,7 @@ class Group:
         square = np.square(judged.error[at] / judged.error[at].max(axis=1, keepdims=True))
         out = ~np.isnan(value) & (square * self.features >= square.sum(axis=1, keepdims=True))  # (K, F)
         threshold, expected = judged.step.threshold[at, None], judged.forecast.expected[at]
-        ratio = _ratio(judged.score[at, None], threshold)
+        ratio = ratio_of(judged.score[at, None], threshold)
         near = ratio <= self.config.follow_ratio
         edge = expected + (value - expected) / ratio
         # What moves as ever, only shifted, still shows how the normal goes on: a season does not wait for an incident.
@@ -433,7 +406,7 @@ class Group:
         forecast: Forecast,
         completed: Int64Array,
         output: _Output,
-    ) -> tuple[_Judged, BoolArray]:
+    ) -> tuple[Judged, BoolArray]:
         """Score, threshold and incident of the points `which` of a wave; says which of them are anomalous."""
         slot, time = wave.slot[which], wave.timestamp_ms[which]
         rule, table = self.rule[slot], self.table
@@ -449,7 +422,7 @@ class Group:
             first = self.first_score_ms[slot]
         step = self.threshold.step(slot, score, time - first >= table.warmup_ms[rule])
         self.counts.scored += len(which)
-        judged = _Judged(slot, time, value, forecast, error, score, step, completed)
+        judged = Judged(slot, time, value, forecast, error, score, step, completed)
         anomaly = step.outcome == Outcome.ANOMALY
         if anomaly.any():
             anomaly &= self._deviates(judged, direction, rule)
@@ -473,7 +446,7 @@ class Group:
             output.said.append((int(slot[i]), said))
         return judged, anomaly
 
-    def _deviates(self, judged: _Judged, direction: Int64Array, rule: Int64Array) -> BoolArray:
+    def _deviates(self, judged: Judged, direction: Int64Array, rule: Int64Array) -> BoolArray:
         """Say of each point whether one of its values lies as far from what was expected as the rule asks, (K,)."""
         expected, table = judged.forecast.expected, self.table
         with np.errstate(invalid="ignore"):
@@ -485,7 +458,7 @@ class Group:
             far: BoolArray = np.asarray((deviation >= least).any(axis=1))
         return far
 
-    def _live_on(self, judged: _Judged, anomaly: BoolArray, which: Int64Array) -> Int8Array:
+    def _live_on(self, judged: Judged, anomaly: BoolArray, which: Int64Array) -> Int8Array:
         """Feed the points `which` to the incidents of their series; return what to publish of each."""
         slot, time, step = judged.slot[which], judged.timestamp_ms[which], judged.step
         rule, table = self.rule[slot], self.table
@@ -497,7 +470,7 @@ class Group:
                     of_rule = np.flatnonzero(hit & (rule == one))
                     muted[of_rule] = self.rules[one].muted(time[of_rule])
         value = judged.value[which, 0] if self.features == 1 else np.full(len(which), np.nan)
-        ratio = _ratio(judged.score[which], step.threshold[which])
+        ratio = ratio_of(judged.score[which], step.threshold[which])
         ratio[(step.outcome[which] == Outcome.ANOMALY) & ~hit] = 0.0  # what deviates too little to matter is calm
         recover = table.recover_ratio[rule]
         return self.incidents.step(
@@ -641,81 +614,16 @@ class Group:
             result.events.append(event)
             result.event_rows.append(said.row)
 
-    def _event(self, point: _Judged, i: int, action: Action) -> Event:
-        incidents, slot = self.incidents, int(point.slot[i])
-        time, opened = int(point.timestamp_ms[i]), int(incidents.opened_ms[slot])
-        threshold = float(point.step.threshold[i])
-        rule = self.rules[int(self.rule[slot])]
-        health = Health(self.threshold.health(point.slot[i : i + 1])[0])
-        data = EventData(
-            kpi=self.names[slot],
-            incident=f"{int(incidents.id[slot]):016x}",
-            severity=SEVERITIES[int(incidents.severity[slot]) - 1],
-            model=self.served.ref,
-            opened=iso_time(opened),
-            anomalies=int(incidents.anomalies[slot]),
-            score=significant(float(point.score[i])),
-            threshold=significant(threshold),
-            ratio=significant(float(_ratio(point.score[i], threshold))),
-            probability=significant(max(float(point.step.probability[i]), _PROBABILITY_MIN)),
-            window=WindowInfo(self.window, int(point.completed[i])),
-            health="" if health in (Health.OK, Health.WARMING) else health.name.lower(),
-            rule=rule.name,
-            labels=dict(rule.labels),
+    def _event(self, point: Judged, i: int, action: Action) -> Event:
+        slot = int(point.slot[i])
+        return anomaly_event(
+            point,
+            i,
+            action,
+            self.incidents,
+            name=self.names[slot],
+            served=self.served,
+            rule=self.rules[int(self.rule[slot])],
+            health=Health(self.threshold.health(point.slot[i : i + 1])[0]),
+            source=self.config.source,
         )
-        if self.features == 1:
-            data = msgspec.structs.replace(data, value=float(point.value[i, 0]), **self._band(point, i, 0))
-        else:
-            data = msgspec.structs.replace(data, features=self._contributions(point, i))
-        if action in (Action.RESOLVED, Action.ACCEPTED):
-            peak = float(incidents.peak_value[slot])
-            data = msgspec.structs.replace(
-                data,
-                reason="recovered" if action == Action.RESOLVED else "accepted",
-                last_anomaly=iso_time(int(incidents.last_ms[slot])),
-                duration_s=(time - opened) / 1000,
-                peak=Peak(
-                    iso_time(int(incidents.peak_ms[slot])),
-                    significant(float(incidents.peak_ratio[slot])),
-                    None if np.isnan(peak) else peak,
-                ),
-            )
-        event_type, suffix = {
-            Action.OPENED: (TYPE_OPENED, "opened"),
-            Action.UPDATED: (TYPE_UPDATED, f"updated-{data.severity}"),
-            Action.RESOLVED: (TYPE_RESOLVED, "resolved"),
-            Action.ACCEPTED: (TYPE_RESOLVED, "resolved"),
-        }[action]
-        return make_event(event_type, f"{data.incident}-{suffix}", time, data, source=self.config.source)
-
-    def _band(self, point: _Judged, i: int, feature: int) -> dict[str, float]:
-        """Return what was expected of a value, and the band around it that is normal."""
-        expected = float(point.forecast.expected[i, feature])
-        width = float(point.step.threshold[i]) * float(point.forecast.spread[i, feature])
-        return {
-            "expected": rounded_to(width, expected),
-            "lower": rounded_to(width, expected - width),
-            "upper": rounded_to(width, expected + width),
-        }
-
-    def _contributions(self, point: _Judged, i: int) -> list[Feature]:
-        """Return the features that make up the score of an entity's point, the largest share first."""
-        square = np.square(point.error[i] / max(float(point.error[i].max()), 1e-300))
-        share = square / max(float(square.sum()), 1e-300)
-        largest = np.argsort(-share, kind="stable")[:_FEATURES_MAX]
-        return [
-            Feature(
-                metric=self.served.metrics[f],
-                share=significant(float(share[f])),
-                value=float(point.value[i, f]),
-                **self._band(point, i, f),
-            )
-            for f in largest.tolist()
-            if share[f] >= _SHARE_MIN
-        ]
-
-
-def _ratio(score: Float64Array | float, threshold: Float64Array | float) -> Float64Array:
-    """Return score / threshold, 1.0 being the edge for every model."""
-    with np.errstate(over="ignore"):
-        return np.minimum(score / np.maximum(threshold, 1e-300), _RATIO_MAX)

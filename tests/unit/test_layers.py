@@ -21,7 +21,7 @@ CORE = (
         "group",
         "snapshot",
     ),
-    *("grid", "placing", "waiting", "windows", "incidents", "revision", "silence"),
+    *("grid", "judged", "placing", "waiting", "windows", "incidents", "revision", "silence"),
 )
 WORLD = {
     *("asyncio", "socket", "selectors", "ssl", "http", "urllib", "subprocess", "threading", "concurrent"),
