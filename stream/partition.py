@@ -34,6 +34,7 @@ from stream.store import Saved, Store
 log = logging.getLogger(__name__)
 
 NOTHING = -1  # no offset: the store has no state of the partition
+_NO_SLOTS = np.zeros(0, np.int32)
 CLOCK_FIELD = b"\x00clock_ms"  # of the stored state; a series' name holds no control characters
 
 
@@ -67,6 +68,7 @@ class Partition:
         self._said = 0  # events and rejects so far, pending or not
         self._told = 0  # of them in a committed transaction
         self._repeat: Clock | None = None  # to be judged again, muted
+        self._judged_ms = 0  # what of the clock is in the state: behind `clock` while it is to be judged again
         self._dirty: BoolArray = np.zeros(0, np.bool_)
         self._work = asyncio.Event()
         self._settlement = asyncio.Condition()
@@ -121,9 +123,11 @@ class Partition:
         consumer.seek(self.at, self.position)
         # A state of a later clock knows it; and one of a later offset does, as it was judged at an earlier one.
         if known.ms < self.clock.ms and known.offset <= self.clock.offset:
-            self._repeat = self.clock
+            self._judged_ms, self._repeat = known.ms, self.clock
             self._judge_again()
-        self.clock = max(self.clock, known)
+        else:
+            self.clock = max(self.clock, known)
+            self._judged_ms = self.clock.ms
 
     def _unpack(self, detector: Detector, blobs: Mapping[bytes, bytes]) -> int:
         """Restore series; return how many."""
@@ -186,7 +190,7 @@ class Partition:
             future_limit_ms=round(self.settings.future_limit_s * 1000),
         )
         result = self.detector.accept(columns, arrival_ms[columns.row])
-        self._touch(columns.slot)
+        self._touch(columns.slot, result.events)
         self.position = batch[-1].offset + 1
         if muted:
             return
@@ -199,19 +203,24 @@ class Partition:
         self._pending.events += [(event, self.detector.topics_of(event)) for event in said]
         self._said += len(said)
 
-    def _touch(self, slots: Int32Array) -> None:
-        """Note that the state of these series has changed."""
+    def _touch(self, slots: Int32Array, said: Sequence[Event]) -> None:
+        """Note that the state of these series has changed, and of those that something is said of.
+
+        A series falls silent by a point of another.
+        """
+        told = np.array([self.detector.index[event.subject] for event in said], np.int32)
         if len(self._dirty) < self.detector.capacity:
             self._dirty = np.concatenate([self._dirty, np.zeros(self.detector.capacity - len(self._dirty), np.bool_)])
         self._dirty[slots] = True
+        self._dirty[told] = True
 
     def judge_silence(self, now_ms: int) -> None:
         """Find out who is silent by the clock; all records that had arrived by then have been taken in."""
         if self.position < self.muted_until or self._repeat is not None or now_ms <= self.clock.ms:
             return
-        self.clock = Clock(now_ms, self.position)
+        self.clock, self._judged_ms = Clock(now_ms, self.position), now_ms
         if said := self.detector.clock(now_ms):
-            self._touch(np.array([self.detector.index[event.subject] for event in said], np.int32))
+            self._touch(_NO_SLOTS, said)
             self._say(said)
             self._work.set()
 
@@ -222,9 +231,8 @@ class Partition:
         """
         if self._repeat is None or self.position < self._repeat.offset:
             return
-        if said := self.detector.clock(self._repeat.ms):
-            self._touch(np.array([self.detector.index[event.subject] for event in said], np.int32))
-        self._repeat = None
+        self._touch(_NO_SLOTS, self.detector.clock(self._repeat.ms))
+        self._judged_ms, self._repeat = self._repeat.ms, None
 
     def change_detector(self, detector: Detector) -> None:
         """Go on with another detector, one without series: those of this one keep their state as far as it fits."""
@@ -295,7 +303,7 @@ class Partition:
             return
         changed = np.arange(names) if whole else np.flatnonzero(self._dirty[:names])
         slots = changed.astype(np.int32)
-        blobs = snapshot.pack(detector, slots) | {CLOCK_FIELD: b"%d" % self.clock.ms}
+        blobs = snapshot.pack(detector, slots) | {CLOCK_FIELD: b"%d" % self._judged_ms}
         self._dirty[:] = False
         try:
             # State must not run ahead of what is published, also where it changed without a record: by the clock.

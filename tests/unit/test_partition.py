@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ from aiokafka import ConsumerRecord, TopicPartition
 
 from stream.detector import Detector
 from stream.kafka import Clock, clock_metadata
-from stream.partition import Partition
+from stream.partition import CLOCK_FIELD, Partition
 from stream.policy import Policy, Rule
 from stream.results import DetectorConfig, Served
 from stream.settings import load_settings
-from stream.store import Store
+from stream.store import Saved, Store
 from tests.helpers import MINUTE, Persistence
 
 AT = TopicPartition("kpi.points", 0)
@@ -84,6 +85,45 @@ def test_a_place_between_two_records_is_reached_with_the_next() -> None:
     assert silent(one) == []
     one.accept([record(3, "b", 0, NOW + 6 * MINUTE)])
     assert silent(one) == ["a"] and said(one) == []
+
+
+def test_who_falls_silent_by_the_point_of_another_is_saved() -> None:
+    one = partition()
+    one.accept([record(0, "a", 0, NOW + HOUR)])
+    one._dirty[:] = False
+    one.accept([record(1, "b", 9, NOW + HOUR)])
+    assert said(one) == ["a silent"] and one._dirty[one.detector.index["a"]]
+
+
+class Saves(Store):
+    """Keeps what would be saved."""
+
+    def __init__(self) -> None:
+        super().__init__("redis://127.0.0.1:1/0")
+        self.saved: list[tuple[int, Mapping[bytes, bytes]]] = []
+
+    async def save(
+        self, group: str, topic: str, partition: int, offset: int, blobs: Mapping[bytes, bytes], **_: object
+    ) -> Saved:
+        self.saved.append((offset, blobs))
+        return Saved.DONE
+
+
+async def test_a_state_of_the_muted_stretch_claims_no_clock_that_is_not_in_it() -> None:
+    clock, store = Clock(NOW + 6 * MINUTE, 2), Saves()
+    one = partition(muted_until=3, settled=3, clock=clock, _repeat=clock, store=store)
+    one.accept([record(0, "a", 0, NOW)])
+    await one._flush()
+    one.accept([record(1, "b", 0, NOW)])
+    await one._flush()
+    await one._flush()
+    assert [(offset, blobs[CLOCK_FIELD]) for offset, blobs in store.saved] == [(1, b"0"), (2, b"%d" % clock.ms)]
+    one.accept([record(2, "b", 1, NOW + MINUTE)])
+    one.judge_silence(NOW + HOUR)
+    assert said(one) == ["b silent"]
+    one._told, one.settled = one._said, one.position
+    await one._flush()
+    assert store.saved[-1][1][CLOCK_FIELD] == b"%d" % (NOW + HOUR)
 
 
 def test_the_clock_is_written_as_it_is_read() -> None:
