@@ -50,12 +50,7 @@ def partition_of(name: str, partitions: int) -> int:
 def split(points: Points, partition: Mapping[str, int]) -> dict[int, Points]:
     """Return the points of each partition that has any."""
     of_kpi = np.array([partition[name] for name in points.names], np.int64)
-    parts = {}
-    for number in np.unique(of_kpi[points.kpi]).tolist():
-        own = of_kpi[points.kpi] == number
-        columns = (points.timestamp_ms[own], points.kpi[own], points.value[own], points.label[own])
-        parts[number] = Points(points.names, *columns, points.metrics, points.feature[own])
-    return parts
+    return {number: points.take(of_kpi[points.kpi] == number) for number in np.unique(of_kpi[points.kpi]).tolist()}
 
 
 def expected(points: Points, partition: Mapping[str, int], make_detector: Callable[[], Detector]) -> list[Event]:
@@ -275,9 +270,9 @@ class Comparison:
 def within(said: Iterable[Event], points: Points) -> list[Event]:
     """Return the events about the KPIs of a file within the event times of their points."""
     first, last = {}, {}
-    for k, name in enumerate(points.names):
+    for k in range(len(points.names)):
         own = points.timestamp_ms[points.kpi == k]
-        for series in _series(points, [name]) if len(own) else ():
+        for series in points.series(k) if len(own) else ():
             first[series], last[series] = int(own.min()), int(own.max())
     return [one for one in said if one.subject in first and first[one.subject] <= _about(one) <= last[one.subject]]
 
@@ -411,7 +406,8 @@ async def verify(
     shared = [name for name in names if partition[name] in others]
     should = expected(points, partition, make_detector)
     said = within(await published(settings, events_begin, timeout_s=timeout_s), points)
-    found = compare(said, should, shared=_series(points, shared))
+    unsure = {series for k, name in enumerate(names) if name in shared for series in points.series(k)}
+    found = compare(said, should, shared=unsure)
     if shared:
         found.notes.append(f"{_some(shared)}: others send into the same partitions; silence by event time is left out")
     if before.trimmed:
@@ -426,12 +422,6 @@ async def verify(
             "give both the same TOCSIN_CHECKPOINT and rules"
         )
     return found
-
-
-def _series(points: Points, names: Collection[str]) -> set[str]:
-    """Return the names under which KPIs and entities may be watched."""
-    metrics = dict(zip(points.names, points.metrics, strict=True))
-    return {*names, *(f"{name}.{metric}" for name in names for metric in metrics[name])}
 
 
 def _some(names: Sequence[str]) -> str:

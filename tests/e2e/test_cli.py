@@ -104,6 +104,57 @@ def test_every_setting_is_listed(tmp_path: Path) -> None:
     assert "did you mean TOCSIN_INTERVAL_S?" in done.stderr
 
 
+# -- rules ----------------------------------------------------------------------------------------------------------
+
+RULES = """
+rules:
+  - match: checkout*
+    name: shop
+    direction: high
+    interval: 5m
+    false_alarms: 1 per month
+    labels: {team: payments}
+  - match: noise.*
+    watch: false
+"""
+
+
+def test_check_says_which_rule_a_kpi_falls_under(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(RULES)
+    text = tocsin(tmp_path, "check", "checkout", "noise.a", "other", "--rules", "rules.yaml").stdout
+    shop, noise, other = text.split("KPI ")[1:]
+    assert "yes, by 'checkout*'" in shop and "1 per month at 300 s" in shop and "team=payments" in shop
+    assert "ignored (watch: false)" in noise
+    assert "no rule matches: it is not watched" in other
+    more = {"TOCSIN_RULES": "rules.yaml"}
+    assert tocsin(tmp_path, "check", "checkout", more=more).stdout in text
+    assert tocsin(tmp_path, "check", "m-1", "--entity").stdout.startswith("entity m-1\n  the settings: yes")
+    assert "--entity" in tocsin(tmp_path, "check", "--entity", code=2).stderr
+    (tmp_path / "rules.yaml").write_text(
+        RULES.replace("watch: false", "wach: no").replace("1 per month", "one per moon")
+    )
+    done = tocsin(tmp_path, "check", "--rules", "rules.yaml", code=2)
+    assert done.stdout == "" and "rules.yaml:7: " in done.stderr and "rules.yaml:10: " in done.stderr
+
+
+def test_rules_that_no_series_reaches_are_told_of(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(
+        "rules:\n  - match: '*'\n    model: deepant\n  - match: a\n    model: deepant@1\n"
+    )
+    assert "never reached" in tocsin(tmp_path, "check", "--rules", "rules.yaml", code=2).stderr
+
+
+def test_a_backtest_goes_by_rules(tmp_path: Path, sample: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(RULES)
+    *plain, _ = lines_of(tocsin(tmp_path, "backtest", sample, "--json").stdout)
+    *ruled, _ = lines_of(tocsin(tmp_path, "backtest", sample, "--json", "--rules", "rules.yaml").stdout)
+    assert ruled and {event["data"]["rule"] for event in ruled} == {"shop"}
+    assert all(event["data"]["labels"] == {"team": "payments"} for event in ruled)
+    opened = [[e for e in some if e["type"].endswith("opened")] for some in (plain, ruled)]
+    assert len(opened[1]) < len(opened[0]), "high values only"
+    assert all(event["data"]["value"] > event["data"]["expected"] for event in opened[1])
+
+
 # -- files ----------------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from tests.e2e.program import lines_of, tocsin
 from tests.live import START_MS, backtested, environment_for, sample_points, send, settings_for, working
 
 POINTS = sample_points(5)
+KINDS = ("cpu", "memory")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,21 @@ async def test_what_was_replayed_is_verified(
         await run(tmp_path, shown, "replay", files[0])
         _, err = await run(tmp_path, shown, "replay", *files, "--verify", "--no-send", code=2)
         assert "other points" in err
+
+
+async def test_an_entity_that_was_replayed_is_verified(
+    embedded_broker: str, redis_url: str, unique: str, tmp_path: Path
+) -> None:
+    made = [sample.generate(5, 300, seed, START_MS, kind=kind, clean=seed == 0) for seed, kind in enumerate(KINDS)]
+    file = tmp_path / "machine-1.csv"
+    values = [dict(zip((one.timestamp_ms // 1000).tolist(), one.value.tolist(), strict=True)) for one in made]
+    lines = [f"{time},{values[0].get(time, '')},{values[1].get(time, '')}" for time in sorted({*values[0], *values[1]})]
+    file.write_text("\n".join(["timestamp,cpu,memory", *lines]) + "\n")
+    environment = dict(environment_for(embedded_broker, redis_url, unique))
+    async with working(settings_for(embedded_broker, redis_url, unique)):
+        out, _ = await run(tmp_path, environment, "replay", file, "--entity", "--verify", "--json")
+    (found,) = lines_of(out)
+    assert found["verify"]["equal"] > 4
 
 
 async def test_others_in_the_same_partition_are_no_reason_to_cry(
