@@ -151,8 +151,8 @@ def test_a_backtest_goes_by_rules(tmp_path: Path, sample: Path) -> None:
     assert ruled and {event["data"]["rule"] for event in ruled} == {"shop"}
     assert all(event["data"]["labels"] == {"team": "payments"} for event in ruled)
     opened = [[e for e in some if e["type"].endswith("opened")] for some in (plain, ruled)]
-    assert len(opened[1]) < len(opened[0]), "high values only"
-    assert all(event["data"]["value"] > event["data"]["expected"] for event in opened[1])
+    below = [[e for e in some if e["data"]["value"] < e["data"]["expected"]] for some in opened]
+    assert below[0] and not below[1], "high values only"
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
@@ -219,7 +219,8 @@ def test_a_trained_checkpoint_is_listed_shown_and_used(tmp_path: Path) -> None:
     assert "clean" in tocsin(tmp_path, "models", "show", "mine@1").stdout
     tocsin(tmp_path, "sample", "-o", "test.csv", "--days", "6", "--seed", "3")
     *events, _ = lines_of(tocsin(tmp_path, "backtest", "test.csv", "--checkpoint", "mine@1", "--json").stdout)
-    assert events and {event["data"]["model"] for event in events} == {"mine@1"}
+    models = {event["data"]["model"] for event in events if "anomaly" in event["type"]}  # silence has none
+    assert models == {"mine@1"}
     assert tocsin(tmp_path, "backtest", "test.csv", "--checkpoint", "mine").stdout, "the highest version"
 
 
@@ -285,7 +286,7 @@ def test_up_replay_and_subscribe_find_each_other(tmp_path: Path, sample: Path, u
         assert "checkpoint" in tocsin(tmp_path, "check").stdout
         tocsin(tmp_path, "replay", sample, other)
         assert [running["one"].line().rstrip("\n") for _ in expected] == expected
-        critical = [line for line in expected if '"severity":"critical"' in line]
+        critical = [line for line in expected if '"severity":"critical"' in line or '"tocsin.kpi.' in line]
         assert critical and [running["critical"].line().rstrip("\n") for _ in critical] == critical
         seen = {json.loads(running["all"].line())["subject"] for _ in expected}
         assert seen <= {"checkout", "db.latency"}
