@@ -16,7 +16,7 @@ from stream.settings import KafkaSettings
 _RETRY_BACKOFF_MS = 20
 _FETCH_BYTES = 8 << 20  # of one partition; 1 MiB, the default, halves the throughput of small records
 _SESSION_TIMEOUT_MS = 10_000
-_CLOCK = re.compile(r"clock_ms=(\d+) offset=(\d+)")
+_CLOCK = re.compile(r"clock_ms=(\d+);offset=(\d+);")
 REJECT_BYTES_MAX = 256 << 10  # of a refused record that are kept: with its headers it must fit the broker's 1 MiB
 
 
@@ -93,7 +93,7 @@ class Clock(NamedTuple):
 
 def clock_metadata(clock: Clock) -> str:
     """Return a clock as it is committed with an offset."""
-    return f"clock_ms={clock.ms} offset={clock.offset}"
+    return f"clock_ms={clock.ms};offset={clock.offset};"
 
 
 async def committed_offset(consumer: AIOKafkaConsumer, at: TopicPartition) -> tuple[int | None, Clock]:

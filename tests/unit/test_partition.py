@@ -127,7 +127,7 @@ async def test_a_state_of_the_muted_stretch_claims_no_clock_that_is_not_in_it() 
 
 
 def test_the_clock_is_written_as_it_is_read() -> None:
-    assert clock_metadata(Clock(17, 4)) == "clock_ms=17 offset=4"
+    assert clock_metadata(Clock(17, 4)) == "clock_ms=17;offset=4;"
 
 
 # -- another detector ---------------------------------------------------------------------------------------------
