@@ -201,12 +201,11 @@ class Placing:
             lateness_ms = int(self.table.lateness_ms[self.rule[slot]])
             until = _settled_after(own.timestamp_ms, need, lateness_ms)
             if until is None:
-                latest = np.unique(np.stack([own.timestamp_ms, own.feature])[:, ::-1], axis=1, return_index=True)[1]
-                own = own.take(np.sort(len(own) - 1 - latest))
+                own = self._without_repeats(own)
                 own.row[:] = -1
                 kept.append(own)
                 continue
-            first = own.take(np.arange(until))
+            first = self._without_repeats(own.take(np.arange(until)))
             times = np.unique(first.timestamp_ms)[:need]
             row = int(first.row[-1])
             if self.interval_ms[slot]:
@@ -224,6 +223,12 @@ class Placing:
             parts += [first.take(early), first.take(~in_probe), own.take(np.arange(until, len(own)))]
         self.held = Columns.concatenate(kept)
         return Columns.concatenate(parts) if parts else Columns.empty()
+
+    def _without_repeats(self, points: Columns) -> Columns:
+        """Return the points of one series without those that came once more later, in order of arrival."""
+        latest = np.unique(np.stack([points.timestamp_ms, points.feature])[:, ::-1], axis=1, return_index=True)[1]
+        self.repeats += len(points) - len(latest)
+        return points.take(np.sort(len(points) - 1 - latest))
 
     # -- placing --------------------------------------------------------------------------------------------------
 
