@@ -7,10 +7,12 @@ import contextlib
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from stream.csvfile import Points
+from stream.events import TYPE_RESUMED, TYPE_SILENT, decode
 from stream.replay import replay
 from stream.topics import ensure_topics
 from tests.live import (
@@ -37,6 +39,7 @@ async def test_live_equals_backtest(broker: str, redis_url: str, unique: str) ->
     events = await published(settings.kafka)
     expected = backtested(POINTS, settings)
     assert len(expected) > 10
+    assert {event.type for event in expected} >= {TYPE_SILENT, TYPE_RESUMED}
     assert digest(events) == digest(expected)
     assert await read_all(settings.kafka, settings.kafka.rejects_topic) == []
 
@@ -59,13 +62,16 @@ async def test_a_restart_in_the_middle_changes_no_byte(broker: str, redis_url: s
     assert after.scored > after.points - 150, "the restarted worker needed no warm-up"
 
 
-async def test_kill_9_in_the_middle_changes_no_byte(broker: str, redis_url: str, unique: str) -> None:
-    settings = settings_for(broker, redis_url, unique)
+async def test_kill_9_in_the_middle_changes_no_byte(broker: str, redis_url: str, unique: str, tmp_path: Path) -> None:
+    rules, further = tmp_path / "rules.yaml", f"further.{unique}"
+    rules.write_text(f"rules:\n  - match: '*'\n    topic: {further}\n")
+    settings = settings_for(broker, redis_url, unique, TOCSIN_RULES=str(rules))
     kafka, total = settings.kafka, len(POINTS.value)
     topics = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic)
     await ensure_topics(broker, dict.fromkeys(topics, kafka.partitions))
     await replay(POINTS, kafka)
     more = {
+        "TOCSIN_RULES": str(rules),
         "TOCSIN_REDIS__FLUSH_INTERVAL_S": "0.2",
         "TOCSIN_KAFKA__MAX_POLL_RECORDS": "200",  # many small steps, for the kills to fall between
         "TOCSIN_KAFKA__INSTANCE": "one",  # a static member is back at once; the dead self of another must run out first
@@ -93,6 +99,8 @@ async def test_kill_9_in_the_middle_changes_no_byte(broker: str, redis_url: str,
     events = await published(kafka)
     assert len({event.id for event in events}) == len(events), "an event was published twice"
     assert digest(events) == digest(backtested(POINTS, settings))
+    again = [decode(record.value) for record in await read_all(kafka, further)]
+    assert digest(again) == digest(events), "what goes to further topics goes in the same transactions"
 
 
 async def _until_assigned(process: asyncio.subprocess.Process) -> bool:
