@@ -101,7 +101,7 @@ class Windows:
             slot: series, (K,), each once.
             cell: `newest` + 1, or any cell for a window that begins.
             seen: what the model will see, (K, F); NaN repeats the newest cell (a window that is not full yet has no
-                forecast to complete it with).
+                forecast to complete it with), and is the origin in the first one.
             actual: what arrived, (K, F), NaN for nothing.
             learned: whether `seen` is what arrived, (K, F).
         """
@@ -109,8 +109,8 @@ class Windows:
         origin, previous = self.origin[slot], self.seen[slot, before]
         relative = (seen - origin).astype(np.float32)
         unknown = np.isnan(relative)
-        if unknown.any():
-            relative = np.where(unknown, previous, relative)
+        if unknown.any():  # in a window that begins, what the ring holds is of the one before
+            relative = np.where(unknown, np.where((self.filled[slot] > 0)[:, None], previous, 0), relative)
         change = learned & self.learned[slot, before] & (self.filled[slot] > 0)[:, None]  # (K, F)
         steps = np.minimum(self.steps[slot] + change, STEPS_MAX)
         mean = self.step_mean[slot]
