@@ -750,3 +750,13 @@ def test_the_state_of_another_ring_size_is_refused() -> None:
     packed = Spot(PotConfig(max_excess=64), 1).pack(np.array([0]))
     with pytest.raises(StateError, match="max_excess=128"):
         Spot(PotConfig(), 1).unpack(np.array([0]), packed)
+
+
+def test_the_largest_scores_of_all_overflow_no_limit() -> None:
+    spot = Spot(PotConfig(), 1)
+    scores = np.zeros(400)
+    scores[[100, 180]] = 1e38  # a series that is always forecast exactly, and then not
+    for score in scores:
+        step = spot.step(np.zeros(1, np.int64), np.array([score]), np.ones(1, np.bool_))
+    assert step.outcome[0] in (Outcome.NORMAL, Outcome.EXCESS)
+    assert np.isfinite(step.threshold[0])
