@@ -178,9 +178,13 @@ async def test_a_reload_takes_effect_and_loses_no_state(
     assert all(event.data.labels == {"team": "payments"} for event in after)
     again = [record.value for record in await read_all(settings.kafka, further)]
     assert len(again) == len(after) > 0
-    cutoff = iso_time(int(POINTS.timestamp_ms[cut]))
-    opened = [sum(e.type == TYPE_OPENED and e.time >= cutoff for e in some) for some in (events, before)]
-    assert opened[0] > opened[1], "ten times the risk"
+    under_old = {event.id: event.data for event in before if isinstance(event.data, EventData)}
+    both = [
+        (event.data.threshold, under_old[event.id].threshold)
+        for event in after
+        if isinstance(event.data, EventData) and event.id in under_old
+    ]
+    assert len(both) > 5 and all(now < then for now, then in both), "ten times the risk: lower thresholds"
     assert len({event.id for event in events}) == len(events)
 
 
