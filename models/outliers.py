@@ -60,6 +60,6 @@ def _beyond_limit(
     excess[few] = np.arange(peaks.shape[-1]) < FEW  # a stand-in, so that there is a limit
     count = np.maximum(count, FEW)
     limit = t + outlier_limit(excess, np.clip(trim, 1, count // 2), _CLEAN, shape=_CLEAN_SHAPE)
-    # A series that was always forecast exactly but for one spike has scores up to the largest float32, and limits above.
+    # A series that was always forecast exactly but for a spike has scores up to the largest float32, and limits above.
     cap = np.minimum(limit, np.finfo(np.float32).max).astype(np.float32)
     return (peaks > cap[:, None]) & ~few[:, None], cap

@@ -13,13 +13,14 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from stream import backtest
 from stream.csvfile import Points, merge, read_table
 from stream.detector import Counts
-from stream.events import Event
+from stream.events import TYPE_OPENED, Event, EventData
 from stream.report import Segment, Summary, summarise
 from stream.rules import parse_rules
 from stream.service import detector_factory, use_one_thread
@@ -44,7 +45,7 @@ def tripled(points: Points) -> Points:
     names = tuple(f"{budget}/{name}" for budget in BUDGETS for name in points.names)
     kpi = points.kpi[:, None] + np.arange(len(BUDGETS), dtype=np.int32) * len(points.names)  # (N, 3)
 
-    def thrice(column: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def thrice(column: np.ndarray[tuple[int], np.dtype[Any]]) -> np.ndarray[tuple[int], np.dtype[Any]]:
         return np.repeat(column, len(BUDGETS))
 
     return Points(names, thrice(points.timestamp_ms), kpi.ravel(), thrice(points.value), thrice(points.label))
@@ -76,8 +77,8 @@ def table(points: Points, events: list[Event], segments: tuple[Segment, ...]) ->
     """Return a row a KPI and budget."""
     opened: dict[str, set[str]] = {name: set() for name in points.names}
     for event in events:
-        if event.type == "tocsin.anomaly.opened":
-            opened[event.subject].add(event.data.incident)  # type: ignore[union-attr]  # of an anomaly
+        if event.type == TYPE_OPENED and isinstance(event.data, EventData):
+            opened[event.subject].add(event.data.incident)
     rows: list[dict[str, float | str]] = []
     for k, name in enumerate(points.names):
         budget, kpi = name.split("/", 1)
