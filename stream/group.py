@@ -37,7 +37,7 @@ from stream.windows import Windows
 NEVER = -1  # no event time: those are not negative
 NONE = -(2**62)  # no cell
 _FIRST_CAPACITY = 64
-_SCORE_MAX = 1e38  # below the largest float32
+_SCORE_MAX = 1e30  # a tail fitted to such scores still has its quantiles below the largest float32
 
 
 class _Kind(IntEnum):

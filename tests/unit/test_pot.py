@@ -755,7 +755,7 @@ def test_the_state_of_another_ring_size_is_refused() -> None:
 def test_the_largest_scores_of_all_overflow_no_limit() -> None:
     spot = Spot(PotConfig(), 1)
     scores = np.zeros(400)
-    scores[::20] = 1e38  # a series that is forecast exactly, but for its own habits
+    scores[::20] = 1e30  # a series that is forecast exactly, but for its own habits
     for score in scores:
         step = spot.step(np.zeros(1, np.int64), np.array([score]), np.ones(1, np.bool_))
     assert step.outcome[0] in (Outcome.NORMAL, Outcome.EXCESS)
