@@ -39,6 +39,8 @@ test: check
 
 bench: install
 	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m tests.bench.pot
+	@$(BIN)/python -m tests.bench.budgets
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

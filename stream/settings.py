@@ -62,7 +62,7 @@ class PotSettings(Section):
     q: float = Field(PotConfig.q, gt=0, lt=1, description="Risk: share of normal points that may be flagged.")
     level: float = Field(PotConfig.level, gt=0, lt=1, description="Quantile of the scores above which the tail begins.")
     min_scores: int = Field(
-        PotConfig.min_scores, ge=1, description="Scores a new series must show before it is judged."
+        PotConfig.min_scores, ge=1, description="Scores after which a new series has a threshold of its own."
     )
 
     @model_validator(mode="after")
@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     silent_after: int = Field(
         SILENT_AFTER, ge=0, description="Intervals without a point after which a KPI is silent; 0: never."
     )
-    warmup_h: float = Field(24.0, ge=0, description="Event time a new series is watched before it is judged, hours.")
+    warmup_h: float = Field(24.0, ge=0, description="Event time after which it may have one, hours; until then a prior.")
     min_observed: float = Field(0.2, ge=0, le=1, description="Share of a window that must have arrived to be scored.")
     follow_ratio: float = Field(
         2.0,

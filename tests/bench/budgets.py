@@ -119,7 +119,8 @@ def main() -> None:
     parser.add_argument("directory", type=Path, nargs="?", default=Path(default) / "kpi" if default else None)
     asked = parser.parse_args()
     if asked.directory is None:
-        parser.error("name a directory of labelled CSV files, or set TOCSIN_TEST_DATA")
+        sys.stderr.write("budgets: not measured: name a directory of labelled CSV files, or set TOCSIN_TEST_DATA\n")
+        return
     use_one_thread()
     points = tripled(load(asked.directory))
     summary, events, _ = measure(points)
