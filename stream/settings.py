@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     silent_after: int = Field(
         SILENT_AFTER, ge=0, description="Intervals without a point after which a KPI is silent; 0: never."
     )
-    warmup_h: float = Field(24.0, ge=0, description="Event time after which it may have one, hours; until then a prior.")
+    warmup_h: float = Field(24.0, ge=0, description="Event time after which it may, hours; until then a prior.")
     min_observed: float = Field(0.2, ge=0, le=1, description="Share of a window that must have arrived to be scored.")
     follow_ratio: float = Field(
         2.0,
