@@ -438,7 +438,9 @@ class Tails:
         fit = TailFit(*(s[name][rows] for name in TailFit._fields))
         reach = predictive_reach(fit, s["share"][rows], s["n_excess"][rows], s["q"][rows])
         reach = np.where(count < FEW, np.maximum(reach, 2.0 * width), reach)
-        return np.asarray(s["t"][rows] + np.where(count > 0, reach, width), np.float64)
+        z = s["t"][rows] + np.where(count > 0, reach, width)
+        # Relative to a mean that falls, z_q may lie far below it; no score below the mean is an alarm.
+        return np.asarray(np.where(s["depth"][rows] > 0, np.maximum(z, 0.0), z), np.float64)
 
 
 def _scrambled(size: int) -> IntArray:
