@@ -1,13 +1,11 @@
-"""What the tests of the core share: a cheap forecaster, a point-by-point reference of the detector, small streams."""
+"""What the tests of the core share: a cheap forecaster, detectors made of it, streams with all that can happen."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import Decimal, localcontext
 from itertools import pairwise
 from typing import Any
 
@@ -15,11 +13,11 @@ import numpy as np
 from hypothesis import strategies as st
 
 from models.base import Float64, Forecast, Forecaster
-from models.pot import Outcome, PotConfig, Spot
-from stream import events, grid, snapshot
-from stream.columns import BoolArray, Columns, Float64Array
-from stream.detector import Counts, Detector, DetectorConfig
-from stream.incidents import IncidentPolicy
+from models.pot import PotConfig
+from stream import events, snapshot
+from stream.columns import BoolArray, Columns, Float64Array, Int64Array
+from stream.detector import Counts, Detector, DetectorConfig, Served
+from stream.policy import Policy, Rule
 
 T0 = 1_469_376_000_000  # 2016-07-24 16:00:00 UTC
 MINUTE = 60_000
@@ -28,6 +26,7 @@ MODEL = "persistence@1"
 SMALL_POT = PotConfig(q=0.05, level=0.75, min_scores=20, min_excess=10, max_excess=16)
 
 Arrival = tuple[str, int, float]  # series, ms, value (NaN: missing)
+Record = tuple[str, int, float | Mapping[int, float]]  # the same, or an entity with the values of some of its features
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,10 @@ class Persistence:
     features: int = 1
     family: str = "persistence"
 
+    @property
+    def neutral(self) -> Float64:
+        return np.arange(float(self.features))
+
     def forecast(
         self, history: Float64, usual_step: Float64 | None = None, learned: BoolArray | None = None
     ) -> Forecast:
@@ -45,46 +48,92 @@ class Persistence:
         assert np.isfinite(history).all(), "the window of a model has no holes"
         spread = history.max(axis=1) - history.min(axis=1)
         if usual_step is not None:
+            assert usual_step.shape == spread.shape
             spread = spread + np.nan_to_num(usual_step)
         if learned is not None:
-            spread = spread * (1 + learned.sum(axis=1, keepdims=True) / 8)
+            assert learned.shape == history.shape
+            spread = spread * (1 + learned.sum(axis=1) / 8)
         floor = np.maximum(np.abs(history).max(axis=1) * 2.0**-20, 1e-100)
         return Forecast(history[:, -1].copy(), np.maximum(spread, floor))
 
 
+@dataclass(frozen=True)
+class Between:
+    """A maintenance window."""
+
+    begin_ms: int
+    end_ms: int
+
+    def active(self, timestamp_ms: Int64Array) -> BoolArray:
+        return (self.begin_ms <= timestamp_ms) & (timestamp_ms < self.end_ms)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a detector is made of."""
+
+    config: DetectorConfig
+    rules: tuple[Rule, ...]
+    served: tuple[Served | None, ...]  # None of a rule that watches nothing
+
+    def detector(self) -> Detector:
+        return Detector(self.config, self.rules, self.served)
+
+
 def config(
     *,
-    interval_ms: int = 0,
-    recover_after: int = 3,
-    accept_after_ms: int = 30 * MINUTE,
     pot: PotConfig = SMALL_POT,
     max_alarms: int = 1000,
-    warmup_ms: int = 0,
     min_observed: float = 0.2,
     follow_ratio: float = 3.0,
-) -> DetectorConfig:
+    model: Forecaster | None = None,
+    model_ref: str = MODEL,
+    metrics: Sequence[str] = (),
+    calibration: Float64Array | None = None,
+    **policy: Any,
+) -> Setup:
+    """Return what makes a detector of one rule for all series; what is not named here is asked of the policy."""
     pot = replace(pot, max_alarms=max_alarms)
-    policy = IncidentPolicy(recover_after, accept_after_ms)
-    return DetectorConfig(
-        interval_ms, pot, policy, warmup_ms=warmup_ms, min_observed=min_observed, follow_ratio=follow_ratio
+    asked = {"q": pot.q, "warmup_ms": 0, "accept_after_ms": 30 * MINUTE, **policy}
+    return Setup(
+        DetectorConfig(pot, min_observed=min_observed, follow_ratio=follow_ratio),
+        (Rule(policy=Policy(**asked)),),
+        (Served(model_ref, model or Persistence(), tuple(metrics), calibration),),
     )
 
 
 def detector(
-    settings: DetectorConfig | None = None,
+    setup: Setup | None = None,
     model: Forecaster | None = None,
     *,
-    model_ref: str = MODEL,
+    model_ref: str = "",
     calibration: Float64Array | None = None,
 ) -> Detector:
-    return Detector(settings or config(), model or Persistence(), model_ref, calibration=calibration)
+    """Return a detector; what is given besides the setup takes the place of what the setup says for its only rule."""
+    setup = setup or config()
+    (served,) = setup.served
+    assert served is not None
+    served = replace(
+        served,
+        model=model or served.model,
+        ref=model_ref or served.ref,
+        calibration=served.calibration if calibration is None else calibration,
+    )
+    return Detector(setup.config, setup.rules, (served,))
 
 
-def columns(to: Detector, arrivals: Sequence[Arrival], first_row: int = 0) -> Columns:
+def columns(to: Detector, arrivals: Sequence[Record], first_row: int = 0) -> Columns:
     """Return the arrivals as a batch, a row each."""
-    slots = [to.index[name] for name, _, _ in arrivals]
-    rows = np.arange(first_row, first_row + len(arrivals))
-    return Columns.of(slots, [time for _, time, _ in arrivals], [value for _, _, value in arrivals], rows)
+    points: list[tuple[int, int, float, int, int]] = []
+    for row, (name, time, value) in enumerate(arrivals, first_row):
+        if isinstance(value, Mapping):
+            entity = to.index.entity(name)
+            slot = -1 if entity is None else entity.slot
+            assert slot >= 0, f"{name} is no entity of the detector"
+            points += [(slot, time, x, row, feature) for feature, x in value.items()]
+        else:
+            points.append((to.index[name], time, value, row, 0))
+    return Columns.of(*zip(*points, strict=True)) if points else Columns.empty()
 
 
 @dataclass
@@ -102,10 +151,17 @@ class Outputs:
 
     @property
     def kinds(self) -> list[str]:
-        return [event["type"].removeprefix("tocsin.anomaly.") for event in self.data]
+        return [event["type"].removeprefix("tocsin.").removeprefix("anomaly.") for event in self.data]
+
+    def by_series(self) -> dict[str, list[bytes]]:
+        """The events of each series, in their order."""
+        found: dict[str, list[bytes]] = {}
+        for _, encoded in self.events:
+            found.setdefault(json.loads(encoded)["subject"], []).append(encoded)
+        return found
 
 
-def run(start: Detector, arrivals: Sequence[Arrival], cuts: Iterable[int] = (), restore: Iterable[int] = ()) -> Outputs:
+def run(start: Detector, arrivals: Sequence[Record], cuts: Iterable[int] = (), restore: Iterable[int] = ()) -> Outputs:
     """Feed a stream, cut into batches at `cuts`; at each of `restore` the detector dies and a new one goes on."""
     now, out, restore = start, Outputs(), set(restore)
     bounds = sorted({0, len(arrivals), *cuts, *restore})
@@ -126,7 +182,7 @@ def run(start: Detector, arrivals: Sequence[Arrival], cuts: Iterable[int] = (), 
 def reborn(old: Detector) -> Detector:
     """Return a fresh detector with the state of the old one, taken through bytes and in another order."""
     blobs = snapshot.pack(old, np.arange(len(old.index.names), dtype=np.int32))
-    new = Detector(old.config, old.model, old.model_ref, calibration=old.calibration)
+    new = Detector(old.config, old.rules, old.served)
     restored = snapshot.unpack(new, dict(sorted(blobs.items(), reverse=True)))
     assert restored.series == len(blobs)
     assert not restored.refused
@@ -134,274 +190,9 @@ def reborn(old: Detector) -> Detector:
     return new
 
 
-# -- the reference ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Incident:
-    id: str
-    opened: int
-    severity: int = 0
-    normal_run: int = 0
-    anomalies: int = 0
-    last: int = 0
-    peak: tuple[float, int, float] = (0.0, 0, 0.0)  # ratio, time, value
-
-
-@dataclass
-class _Series:
-    spot: Spot
-    interval: int
-    phase: int | None = None
-    held: dict[int, float] = field(default_factory=dict)
-    begin: int = 0  # first cell of the window
-    newest: int | None = None
-    origin: float = 0.0
-    seen: dict[int, np.float32] = field(default_factory=dict)
-    actual: dict[int, float | None] = field(default_factory=dict)
-    learned: dict[int, bool] = field(default_factory=dict)
-    steps: int = 0
-    step_mean: float = 0.0
-    first_score: int | None = None
-    incident: _Incident | None = None
-
-
-SEVERITIES = ("none", "warning", "major", "critical")
-
-
-class Reference:
-    """The detector once more, a point at a time and a dict per series, in the order in which the design tells it.
-
-    It shares the forecaster, the threshold (one row of its own for each series) and the inference of the interval with
-    the detector, and nothing else.
-    """
-
-    def __init__(self, settings: DetectorConfig, model: Forecaster, model_ref: str = MODEL) -> None:
-        self.config = settings
-        self.model = model
-        self.model_ref = model_ref
-        self.series: dict[str, _Series] = {}
-        self.counts = Counts()
-        self.events: list[tuple[int, dict[str, Any]]] = []
-        self.too_late: list[int] = []
-
-    def take(self, arrivals: Sequence[Arrival]) -> None:
-        for row, (name, time, value) in enumerate(arrivals):
-            self.counts.points += 1
-            if math.isnan(value):
-                self.counts.missing += 1
-                continue
-            if name not in self.series:
-                self.series[name] = _Series(Spot(self.config.pot, 1), self.config.interval_ms)
-            one = self.series[name]
-            if one.interval:
-                if one.phase is None:
-                    one.phase = time % one.interval
-                self._place(name, one, row, time, value)
-            else:
-                self.counts.duplicates += time in one.held
-                one.held[time] = value
-                if len(one.held) == 8:
-                    interval, phase = grid.infer_interval(np.array([sorted(one.held)]))
-                    one.interval, one.phase = int(interval[0]), int(phase[0])
-                    for held in sorted(one.held):
-                        self._place(name, one, row, held, one.held[held])
-                    one.held = {}
-
-    def _place(self, name: str, one: _Series, row: int, time: int, value: float) -> None:
-        assert one.phase is not None
-        cell = (time - one.phase + one.interval // 2) // one.interval
-        if one.newest is None or cell - one.newest - 1 > self.model.window:
-            self.counts.gaps += one.newest is not None
-            one.begin, one.newest, one.origin = cell, cell - 1, value
-            one.seen, one.actual, one.learned = {}, {}, {}
-        if cell > one.newest:
-            for missing in range(one.newest + 1, cell):
-                self._complete(one, missing)
-            self._observe(name, one, row, cell, time, value)
-        elif cell < one.begin or one.newest - cell >= self.model.window:
-            self.counts.too_late += 1
-            self.too_late.append(row)
-        else:
-            if cell == one.newest:
-                self.counts.duplicates += 1
-            else:
-                self.counts.late += 1
-            flagged = one.actual[cell] is not None and not one.learned[cell]
-            one.actual[cell] = value
-            if not flagged:
-                one.seen[cell], one.learned[cell] = np.float32(value - one.origin), True
-
-    def _forecast(self, one: _Series, cell: int) -> tuple[float, float] | None:
-        if cell - one.begin < self.model.window:
-            return None
-        history = [float(one.seen[c]) + one.origin for c in range(cell - self.model.window, cell)]
-        learned = [one.learned[c] for c in range(cell - self.model.window, cell)]
-        usual = one.step_mean if one.steps >= 8 else math.nan
-        forecast = self.model.forecast(np.array(history).reshape(1, -1, 1), np.array([[usual]]), np.array([learned]))
-        return float(forecast.expected[0, 0]), float(forecast.spread[0, 0])
-
-    def _within(self, one: _Series, cell: int, expected: float) -> float:
-        """What completes the cell, relative to the origin: no further than the window has been."""
-        history = [float(one.seen[c]) + one.origin for c in range(cell - self.model.window, cell)]
-        return min(max(expected, min(history)), max(history)) - one.origin
-
-    def _complete(self, one: _Series, cell: int) -> None:
-        forecast = self._forecast(one, cell)
-        one.seen[cell] = one.seen[cell - 1] if forecast is None else np.float32(self._within(one, cell, forecast[0]))
-        one.actual[cell], one.learned[cell], one.newest = None, False, cell
-        self.counts.completed += forecast is not None
-
-    def _observe(self, name: str, one: _Series, row: int, cell: int, time: int, value: float) -> None:
-        forecast, before = self._forecast(one, cell), range(cell - self.model.window, cell)
-        ratio = 0.0  # of a flagged point
-        if forecast is not None:
-            arrived = sum(one.actual[c] is not None for c in before)
-            if arrived / self.model.window >= self.config.min_observed:
-                completed = sum(not one.learned[c] for c in before)
-                ratio = self._judge(name, one, row, time, value, forecast, completed)
-        seen = value - one.origin
-        if forecast is not None and ratio:
-            if ratio <= self.config.follow_ratio:
-                seen = forecast[0] + (value - forecast[0]) / ratio - one.origin
-            else:
-                seen = self._within(one, cell, forecast[0])
-        one.seen[cell] = np.float32(seen)
-        if not ratio and one.learned.get(cell - 1, False):
-            one.steps = min(one.steps + 1, 10_000)
-            one.step_mean += (abs(float(one.seen[cell]) - float(one.seen[cell - 1])) - one.step_mean) / one.steps
-        one.actual[cell], one.learned[cell], one.newest = value, not ratio, cell
-
-    def _judge(
-        self,
-        name: str,
-        one: _Series,
-        row: int,
-        time: int,
-        value: float,
-        forecast: tuple[float, float],
-        completed: int,
-    ) -> float:
-        expected, spread = forecast
-        score = float(np.float32(min(abs(value - expected) / spread, 1e38)))
-        if one.first_score is None:
-            one.first_score = time
-        may_start = time - one.first_score >= self.config.warmup_ms
-        step = one.spot.step(np.array([0]), np.array([score]), np.array([may_start]))
-        self.counts.scored += 1
-        outcome, threshold, p = int(step.outcome[0]), float(step.threshold[0]), float(step.probability[0])
-        if outcome == Outcome.WARMING:
-            return 0.0
-        anomalous, incident = outcome == Outcome.ANOMALY, one.incident
-        q, policy = self.config.pot.q, self.config.incidents
-        severity = 0 if not anomalous else 3 if p <= q / 100 else 2 if p <= q / 10 else 1
-        ratio = min(score / threshold, 1e9) if threshold > 1e-200 else (1e9 if score > 0 else 0.0)
-        kind = ""
-        if not anomalous:
-            if incident is None:
-                return 0.0
-            incident.normal_run += 1
-            if incident.normal_run == policy.recover_after:
-                kind, one.incident = "resolved", None
-        elif incident is None:
-            incident = one.incident = _Incident(_hash(name, time, self.model_ref), time)
-            kind = "opened"
-        elif time - incident.opened >= policy.accept_after_ms:
-            kind, one.incident = "accepted", None
-        elif severity > incident.severity:
-            kind = "updated"
-        assert incident is not None
-        if anomalous:
-            incident.anomalies += 1
-            incident.normal_run = 0
-            incident.severity = max(incident.severity, severity)
-            incident.last = time
-            if ratio > incident.peak[0]:
-                incident.peak = (ratio, time, value)
-        if kind == "accepted":
-            for c, actual in one.actual.items():
-                if actual is not None:
-                    one.seen[c], one.learned[c] = np.float32(actual - one.origin), True
-        self.counts.flagged += anomalous and kind != "accepted"
-        if kind:
-            self.counts.events += 1
-            self.events.append((row, self._event(name, kind, time, incident, value, forecast, score, step, completed)))
-        return ratio if anomalous and kind != "accepted" else 0.0
-
-    def _event(
-        self,
-        name: str,
-        kind: str,
-        time: int,
-        incident: _Incident,
-        value: float,
-        forecast: tuple[float, float],
-        score: float,
-        step: Any,
-        completed: int,
-    ) -> dict[str, Any]:
-        expected, spread = forecast
-        threshold = float(step.threshold[0])
-        width = threshold * spread
-        ratio = min(score / threshold, 1e9) if threshold > 1e-200 else (1e9 if score > 0 else 0.0)
-        severity = SEVERITIES[incident.severity]
-        data = {
-            "kpi": name,
-            "incident": incident.id,
-            "severity": severity,
-            "model": self.model_ref,
-            "opened": iso(incident.opened),
-            "anomalies": incident.anomalies,
-            "value": value,
-            "expected": like(width, expected),
-            "lower": like(width, expected - width),
-            "upper": like(width, expected + width),
-            "score": six(score),
-            "threshold": six(threshold),
-            "ratio": six(ratio),
-            "probability": six(max(float(step.probability[0]), 1e-12)),
-            "window": {"cells": self.model.window, "completed": completed},
-        }
-        if kind in ("resolved", "accepted"):
-            data["reason"] = "recovered" if kind == "resolved" else "accepted"
-            data["last_anomaly"] = iso(incident.last)
-            data["duration_s"] = (time - incident.opened) / 1000
-            at, ms, peak = incident.peak
-            data["peak"] = {"time": iso(ms), "value": peak, "ratio": six(at)}
-        public = "resolved" if kind == "accepted" else kind
-        return {
-            "specversion": "1.0",
-            "id": f"{incident.id}-{public}" + (f"-{severity}" if kind == "updated" else ""),
-            "source": self.config.source,
-            "type": f"tocsin.anomaly.{public}",
-            "subject": name,
-            "time": iso(time),
-            "datacontenttype": "application/json",
-            "partitionkey": name,
-            "data": data,
-        }
-
-
-def _hash(name: str, opened: int, model_ref: str) -> str:
-    return hashlib.blake2b(f"{name}\0{opened}\0{model_ref}".encode(), digest_size=8).hexdigest()
-
-
 def iso(ms: int) -> str:
     text = str(np.datetime64(ms, "ms"))
     return text.removesuffix(".000") + "Z"
-
-
-def six(x: float) -> float:
-    return float(f"{x:.6g}")
-
-
-def like(width: float, x: float) -> float:
-    """Round x to six digits of the width, by decimal arithmetic."""
-    if width == 0:
-        return six(x)
-    with localcontext() as context:
-        context.prec = 1000
-        return float(Decimal(x).quantize(Decimal(1).scaleb(Decimal(width).adjusted() - 5)))
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------
@@ -412,22 +203,23 @@ def normal_points(n: int, *, name: str = "a", start: int = T0, interval: int = M
     return [(name, start + i * interval, float(v)) for i, v in enumerate(values)]
 
 
+LEVELS = ((0.0, 1.0), (3e9, 1e6), (5.0, 0.0), (-1e-3, 1e-4), (0.0, 0.0))  # mean and standard deviation
 EDITS = (
     *("spike", "shift", "ramp", "null", "drop", "gap", "long gap"),
-    *("repeat", "same cell", "late", "too late", "jitter"),
+    *("repeat", "same cell", "late", "late spike", "shuffle", "too late", "jitter", "interval"),
 )
 
 
 @st.composite
-def series(draw: st.DrawFn, name: str = "a", most: int = 100) -> list[Arrival]:
+def series(draw: st.DrawFn, name: str = "a", most: int = 100, edits: Sequence[str] = EDITS) -> list[Arrival]:
     """One KPI with all that can happen to it; in order of arrival."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    interval = draw(st.sampled_from([MINUTE, 1000, 7_000, 1, 3_600_000]))
-    mean, sd = draw(st.sampled_from([(0.0, 1.0), (3e9, 1e6), (5.0, 0.0), (-1e-3, 1e-4), (0.0, 0.0)]))
+    interval = draw(st.sampled_from([MINUTE, MINUTE, MINUTE, MINUTE, 1000, 7_000, 1, 3_600_000]))
+    mean, sd = draw(st.sampled_from(LEVELS))
     values = mean + sd * rng.normal(size=draw(st.integers(most // 2, most) | st.integers(1, most)))
     points = [(T0 + i * interval, float(v)) for i, v in enumerate(values)]
     for _ in range(draw(st.integers(0, 8))):
-        what, at = draw(st.sampled_from(EDITS)), len(points) - 1 - draw(st.integers(0, len(points) - 1))
+        what, at = draw(st.sampled_from(edits)), len(points) - 1 - draw(st.integers(0, len(points) - 1))
         time, value = points[at]
         far = max(sd, abs(mean) / 100, 1e-3) * draw(st.sampled_from([3.0, 30.0, -1000.0]))
         if what == "spike":
@@ -451,18 +243,155 @@ def series(draw: st.DrawFn, name: str = "a", most: int = 100) -> list[Arrival]:
             points.insert(at + 1, (time + interval // 4, value + far))
         elif what == "late":
             points.insert(at + draw(st.integers(1, 12)), points.pop(at))
+        elif what == "late spike":
+            points[at] = (time, value + far)
+            points.insert(at + draw(st.integers(1, 3)), points.pop(at))
+        elif what == "shuffle":
+            length = draw(st.integers(2, 40))
+            block = points[at : at + length]
+            order = np.argsort(np.arange(len(block)) + rng.uniform(0, 3, len(block)))
+            points[at : at + length] = [block[i] for i in order]
         elif what == "too late":
             points.insert(at + 1, (time - interval * draw(st.integers(9, 50)), value))
         elif what == "jitter":
             points = [(t + int(rng.integers(-interval // 5, interval // 5 + 1)), v) for t, v in points]
+        elif what == "interval":
+            other = draw(st.sampled_from([5, 2, 3]))
+            points[at:] = [(time + (t - time) * other, v) for t, v in points[at:]]
     return [(name, time, value) for time, value in points]
+
+
+@st.composite
+def records(
+    draw: st.DrawFn,
+    name: str = "m",
+    features: int = 0,
+    most: int = 150,
+    interval: int = MINUTE,
+    delays: Sequence[int] = (0, 1, 3, 6),
+) -> list[Record]:
+    """A KPI (0 features) or an entity where something goes on all the time, but not in the first thirty points.
+
+    Points come late, once more, in parts or not at all, at rates that are drawn; so late ones do hit incidents.
+    """
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    width, n = max(features, 1), draw(st.integers(most // 2, most))
+    mean, sd = draw(st.sampled_from([LEVELS[0], LEVELS[0], *LEVELS[1:4]]))
+    values = mean + sd * rng.normal(size=(n, width))
+    size = max(sd, abs(mean) / 100, 1e-3)
+
+    def hit(*rates: float) -> BoolArray:
+        at: BoolArray = rng.random((n, width)) < draw(st.sampled_from(rates))
+        at[:30] = False
+        return at
+
+    spikes = hit(0.03, 0.1, 0.2)
+    values[spikes] += size * draw(st.sampled_from([8.0, 30.0, -300.0])) * rng.choice([1.0, 1.0, 4.0], spikes.sum())
+    for begin in rng.integers(min(30, n - 1), n, draw(st.integers(0, 3))):
+        values[begin : begin + rng.integers(2, 20)] += size * 40
+    for begin in rng.integers(min(30, n - 1), n, draw(st.integers(0, 2))):
+        growing = size * np.array([6.0, 9.0, 20.0, 60.0])[: n - begin]
+        values[begin : begin + 4] += growing[:, None]
+    values[hit(0.0, 0.0, 0.05)] = math.nan
+    dropped = hit(0.0, 0.0, 0.05, 0.3)
+    times = T0 + np.arange(n) * interval
+    for begin in rng.integers(min(30, n - 1), n, draw(st.integers(0, 2))):
+        times[begin:] += interval * draw(st.sampled_from([1, 3, 9, 20]))
+    pace, begin = draw(st.sampled_from([1, 1, 1, 2, 5])), min(35, n - 1)
+    times[begin:] = times[begin] + pace * (times[begin:] - times[begin])
+
+    how = draw(st.sampled_from(["whole", "parts", "alone"]))
+    arrivals: list[tuple[float, Record]] = []
+    delay = interval * draw(st.sampled_from(delays))
+    jitter = interval // draw(st.sampled_from([3, 10**9, 10**9]))
+    for i in range(n):
+        time = int(times[i]) + (int(rng.integers(-jitter, jitter + 1)) if i else 0)
+        there = {f: float(values[i, f]) for f in rng.permutation(width).tolist() if not dropped[i, f]}
+        parts: list[dict[int, float]] = [there]
+        if how == "alone":
+            parts = [{f: x} for f, x in there.items()]
+        elif how == "parts":
+            first = rng.random() < 0.5
+            parts = [{f: x for f, x in there.items() if (f % 2 == 0) == (first == k)} for k in (True, False)]
+        for part in parts:
+            if part:
+                late = rng.random() * delay * (i > 10)
+                arrivals.append((time + late, (name, time, part if features else part[0])))
+    again = rng.random(len(arrivals)) < draw(st.sampled_from([0.0, 0.0, 0.05]))
+    for k in np.flatnonzero(again).tolist():
+        at, (_, time, value) = arrivals[k]
+        other = {f: x + size for f, x in value.items()} if isinstance(value, Mapping) else value + size
+        arrivals.append((at + interval * 4 * rng.random(), (name, time, other)))
+    return [record for _, record in sorted(arrivals, key=lambda arrival: arrival[0])]
+
+
+@st.composite
+def mixed(draw: st.DrawFn, several: Sequence[Sequence[Record]]) -> list[Record]:
+    """Streams shuffled together; each keeps its own order."""
+    order = [i for i, one in enumerate(several) for _ in one]
+    np.random.default_rng(draw(st.integers(0, 2**32 - 1))).shuffle(order)
+    queues = [iter(one) for one in several]
+    return [next(queues[i]) for i in order]
 
 
 @st.composite
 def streams(draw: st.DrawFn, names: Sequence[str] = ("a", "b", "c"), most: int = 100) -> list[Arrival]:
     """Up to three KPIs, shuffled together; each keeps its own order."""
-    several = [draw(series(name, most)) for name in names[: draw(st.integers(1, len(names)))]]
-    order = [i for i, one in enumerate(several) for _ in one]
-    np.random.default_rng(draw(st.integers(0, 2**32 - 1))).shuffle(order)
-    queues = [iter(one) for one in several]
-    return [next(queues[i]) for i in order]
+    several = [draw(series(name, most) | records(name, 0, most)) for name in names[: draw(st.integers(1, len(names)))]]
+    return draw(mixed(several))  # type: ignore[arg-type]  # of KPIs come KPIs
+
+
+# -- how series are watched -------------------------------------------------------------------------------------------
+
+policies = st.builds(
+    Policy,
+    interval_ms=st.sampled_from([0] * 5 + [MINUTE] * 4 + [1000]),
+    q=st.sampled_from([0.05, 0.05, 0.0625, 0.01]),
+    alarms_per_ms=st.sampled_from([0.0, 0.0, 0.02 / MINUTE, 1.0]),
+    direction=st.sampled_from([0, 0, 1, -1]),
+    least_deviation=st.sampled_from([0.0, 0.0, 0.0, 10.0]),
+    least_share=st.sampled_from([0.0, 0.0, 0.0, 0.5]),
+    drift=st.sampled_from([0, 0, 40]),
+    lateness_ms=st.sampled_from([0, MINUTE, 3 * MINUTE, 100 * MINUTE]),
+    wait=st.sampled_from([False, False, True]),
+    silent_after=st.sampled_from([0, 1, 5]),
+    warmup_ms=st.sampled_from([0, 0, 40_000]),
+    open_after=st.sampled_from([1, 1, 2, 3]),
+    recover_after=st.integers(1, 4),
+    recover_ratio=st.sampled_from([1.0, 0.5, math.inf]),
+    accept_after_ms=st.sampled_from([10_000, 5 * MINUTE, 40 * MINUTE]),
+    cooldown_ms=st.sampled_from([0, 0, 20 * MINUTE]),
+)
+GLOBS = (*[("*",)] * 6, ("a*",), ("b", "c"), ("[ab]", "m*"), ("?",), ("A",))
+LABELS: tuple[dict[str, str], ...] = ({}, {"team": "payments", "tier": "1"})
+
+
+@st.composite
+def setups(draw: st.DrawFn, served: st.SearchStrategy[Served]) -> Setup:
+    """One to three rules, each with a policy and a model of its own."""
+    rules = draw(
+        st.lists(
+            st.builds(
+                Rule,
+                match=st.sampled_from(GLOBS),
+                name=st.sampled_from(["", "web"]),
+                watch=st.sampled_from([True] * 6 + [False]),
+                policy=policies,
+                maintenance=st.sampled_from([(), (), (Between(T0 + 50 * MINUTE, T0 + 70 * MINUTE),)]),
+                labels=st.sampled_from(LABELS),
+            ),
+            min_size=1,
+            max_size=3,
+        )
+    )
+    core = DetectorConfig(
+        replace(SMALL_POT, max_alarms=draw(st.sampled_from([0, 5, 1000, 1000]))),
+        min_observed=draw(st.sampled_from([0.0, 0.2, 0.5])),
+        follow_ratio=draw(st.sampled_from([1.0, 3.0])),
+    )
+    models = [draw(served) for _ in rules]
+    return Setup(
+        core,
+        tuple(replace(rule, model=model.ref) for rule, model in zip(rules, models, strict=True)),
+        tuple(model if rule.watch else None for rule, model in zip(rules, models, strict=True)),
+    )

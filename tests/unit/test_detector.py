@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,24 +14,23 @@ from models.deepant import DeepAnT, DeepAnTConfig, Network
 from models.pot import PotConfig
 from stream import events, snapshot
 from stream.columns import BoolArray, Columns
-from stream.detector import Detector, DetectorConfig
+from stream.detector import Detector
+from stream.policy import Policy, Rule
 from tests import helpers
-from tests.helpers import MINUTE, MODEL, T0, Arrival, Persistence, columns, iso, run
+from tests.helpers import MINUTE, MODEL, T0, Arrival, Persistence, Setup, columns, iso, run
 
 W = Persistence().window
 NAN = float("nan")
 CALM = PotConfig(q=1e-4, level=0.9, min_scores=40, min_excess=20, max_excess=64)
 
 
-def config(**changes: Any) -> DetectorConfig:
+def config(**changes: Any) -> Setup:
     """A policy under which none of these steady series alarms by itself."""
     return helpers.config(pot=CALM, **changes)
 
 
-def detector(
-    policy: DetectorConfig | None = None, model: Forecaster | None = None, *, model_ref: str = MODEL
-) -> Detector:
-    return helpers.detector(policy or config(), model, model_ref=model_ref)
+def detector(setup: Setup | None = None, model: Forecaster | None = None, *, model_ref: str = MODEL) -> Detector:
+    return helpers.detector(setup or config(), model, model_ref=model_ref)
 
 
 def normal_points(n: int, *, name: str = "a", start: int = T0, interval: int = MINUTE, seed: int = 0) -> list[Arrival]:
@@ -45,8 +45,8 @@ def with_values(points: list[Arrival], values: dict[int, float]) -> list[Arrival
 def window_of(live: Detector, name: str = "a") -> tuple[list[float], list[bool]]:
     """The window of a series as the model sees it, oldest cell first."""
     slot = np.array([live.index[name]], np.int32)
-    values, learned = live.windows.history(slot, live.windows.newest[slot] + 1)
-    return values[0, :, 0].tolist(), learned[0].tolist()
+    values, learned = live.groups[0].windows.history(slot, live.groups[0].windows.newest[slot] + 1)
+    return values[0, :, 0].tolist(), learned[0, :, 0].tolist()
 
 
 def packed(live: Detector) -> dict[bytes, bytes]:
@@ -167,13 +167,11 @@ def test_after_the_shift_the_old_level_is_the_anomaly() -> None:
     ]
 
 
-def test_a_threshold_that_starts_anew_during_an_incident_says_nothing_of_it() -> None:
-    # max_alarms points in a row and the threshold is reset: until it judges again, no point is normal or anomalous.
+def test_a_threshold_that_starts_anew_takes_the_shift_for_the_new_normal() -> None:
+    # max_alarms points in a row and the threshold is reset: what alarms for so long is no anomaly any more.
     points = [(name, time, value + 500 * (i >= 120)) for i, (name, time, value) in enumerate(normal_points(220))]
     out = run(detector(config(max_alarms=10, accept_after_ms=10**9)), points)
-    assert short(out.kinds, out.data)[0] == ("opened", at(120), "")
-    assert out.kinds == ["opened", "resolved"]
-    assert out.data[1]["time"] > at(130 + 40)  # not before 40 scores have made a threshold
+    assert short(out.kinds, out.data) == [("opened", at(120), ""), ("resolved", at(129), "accepted")]
     assert "null" not in json.dumps(out.data)
     assert out.data[1]["data"]["last_anomaly"] == at(129)
 
@@ -201,9 +199,9 @@ def test_the_grid_of_a_series_is_found_from_its_first_eight_points() -> None:
     points = normal_points(12, interval=5 * MINUTE)
     for i, point in enumerate(points):
         live.accept(columns(live, [point]))
-        assert live.interval_ms[0] == (0 if i < 7 else 5 * MINUTE)
-        assert len(live.held) == (i + 1 if i < 7 else 0)
-    assert live.windows.filled[0] == W
+        assert live.groups[0].placing.interval_ms[0] == (0 if i < 7 else 5 * MINUTE)
+        assert len(live.groups[0].placing.held) == (i + 1 if i < 7 else 0)
+    assert live.groups[0].windows.filled[0] == W
 
 
 def test_the_first_points_may_come_in_any_order() -> None:
@@ -219,7 +217,7 @@ def test_a_repeated_first_point_is_the_later_one() -> None:
     points = normal_points(8)
     run(live, [points[0], ("a", T0, 77.0), ("a", T0, 78.0), *points[1:]])
     assert live.counts.duplicates == 2
-    assert live.windows.actual[0, :, 0].max() + live.windows.origin[0, 0] == pytest.approx(78.0)
+    assert live.groups[0].windows.actual[0, :, 0].max() + live.groups[0].windows.origin[0, 0] == pytest.approx(78.0)
 
 
 @pytest.mark.parametrize("again", [0, 3, 7])
@@ -266,12 +264,30 @@ def test_more_series_than_there_was_room_for() -> None:
         out = run(live, [(name, T0 + i * MINUTE, float(hash((name, i)) % 7)) for name in known])
         assert out.counts.too_late == 0
     assert len(live.index.names) == 150
-    assert live.windows.filled[:150].tolist() == [min(40 - max(0, -(-(k - 4) // 4)), W) for k in range(150)]
+    assert live.groups[0].windows.filled[:150].tolist() == [min(40 - max(0, -(-(k - 4) // 4)), W) for k in range(150)]
 
 
-def test_models_of_several_features_are_refused() -> None:
-    with pytest.raises(ValueError, match="wide@3 expects 2 features; a detector takes models of 1"):
-        detector(model=Persistence(features=2), model_ref="wide@3")
+def test_a_kpi_passes_by_a_model_of_several_features() -> None:
+    wide = helpers.config(pot=CALM, model=Persistence(features=2), model_ref="wide@3", metrics=("x", "y"))
+    out = run(detector(wide, model_ref="wide@3"), normal_points(50))
+    assert (out.counts.points, out.counts.unwatched, out.counts.scored) == (50, 50, 0)
+
+
+def test_the_first_rule_that_matches_is_the_one() -> None:
+    one, policy = config().served[0], Policy(warmup_ms=0, q=1e-4)
+    rules = (
+        Rule(("quiet.*",), watch=False),
+        Rule(("web.*", "*.web"), name="web", policy=policy, labels={"team": "shop"}),
+        Rule(("*.db",), name="db", policy=replace(policy, open_after=2)),
+    )
+    names = ("quiet.web", "a.web", "a.db", "a.other", "A.DB")
+    points = [point for name in names for point in with_values(normal_points(200, name=name), {150: 500.0})]
+    out = run(Setup(config().config, rules, (None, one, one)).detector(), points)
+    told = [(one["subject"], kind, one["data"]["rule"]) for one, kind in zip(out.data, out.kinds, strict=True)]
+    assert told == [("a.web", "opened", "web"), ("a.web", "resolved", "web")]
+    assert [one["data"]["labels"] for one in out.data] == [{"team": "shop"}] * 2
+    assert out.counts.unwatched == 3 * 200
+    assert out.counts.flagged == 2  # one point is not yet an incident of a.db, and no normal point either
 
 
 def test_no_points_give_nothing() -> None:
@@ -293,7 +309,7 @@ def test_a_gap_longer_than_the_window_begins_it_anew(missing: int, restarts: boo
     ]
     out = run(live, points)
     assert out.counts.gaps == restarts
-    assert live.windows.filled[0] == (1 if restarts else W)
+    assert live.groups[0].windows.filled[0] == (1 if restarts else W)
     assert out.counts.completed == (0 if restarts else missing)
 
 
