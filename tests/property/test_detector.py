@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from models.base import Forecaster
@@ -15,7 +15,9 @@ from models.deepant import DeepAnT, DeepAnTConfig, Network
 from stream.detector import Counts, Served
 from stream.policy import Policy
 from tests.helpers import (
+    MINUTE,
     SMALL_POT,
+    T0,
     Arrival,
     Persistence,
     Setup,
@@ -221,3 +223,42 @@ def test_a_calibrated_series_has_a_threshold_from_its_first_full_window(one: lis
     for part in result.scores:
         assert (np.isnan(part.score) == np.isnan(part.threshold)).all()
         assert (np.isnan(part.score) == np.isnan(part.probability)).all()
+
+
+def trained(factor: float, shift: float) -> DeepAnT:
+    """A model for one KPI, as training on its values times a factor plus a shift makes it: only its constants move."""
+    torch.manual_seed(2)
+    shape = DeepAnTConfig(window=10, filters=4, hidden=8, scaling="train")
+    constants = (np.array([10.0 * factor + shift]), np.array([factor]), np.array([factor]))
+    return DeepAnT(shape, Network(shape).eval(), *constants)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    factor=st.floats(1e-6, 1e6),
+    shift=st.floats(-1e3, 1e3),
+    family=st.sampled_from(["persistence", "window", "train"]),
+)
+def test_another_unit_and_zero_change_no_decision(seed: int, factor: float, shift: float, family: str) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.normal(10.0, 1.0, 200)
+    values[rng.integers(60, 200, 5)] += 40
+    values[150:170] -= 80
+    shift *= factor  # what is shifted further than its digits reach is another series
+    pairs: dict[str, tuple[Forecaster, Forecaster]] = {
+        "persistence": (PERSISTENCE, PERSISTENCE),
+        "window": (DEEPANT, DEEPANT),
+        "train": (trained(1.0, 0.0), trained(factor, shift)),
+    }
+    as_is, other = pairs[family]
+    told, edges = [], []
+    for model, series_ in ((as_is, values), (other, values * factor + shift)):
+        live = config(model=model, interval_ms=MINUTE).detector()
+        stream = [("a", T0 + i * MINUTE, float(value)) for i, value in enumerate(series_)]
+        result = live.accept(columns(live, stream), want_scores=True)
+        edges += [float(np.nanmin(np.abs(p.score / p.threshold - 1), initial=1.0)) for p in result.scores]
+        told.append([(e.id, e.type, e.time, getattr(e.data, "severity", "")) for e in result.events])
+    assume(min(edges) > 1e-3)  # a score at the edge may fall on either side of it
+    assert told[0] == told[1]
+    assert told[0]
