@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, OffsetAndMetadata, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, ProducerFenced
 
 from stream import events, records, snapshot
 from stream.columns import BoolArray, Int32Array
@@ -33,6 +34,8 @@ from stream.store import Saved, Store
 
 log = logging.getLogger(__name__)
 
+_SETTLE_ATTEMPTS = 3
+_SETTLE_AGAIN_S = 0.5  # between two of them, longer each time
 NOTHING = -1  # no offset: the store has no state of the partition
 _NO_SLOTS = np.zeros(0, np.int32)
 CLOCK_FIELD = b"\x00clock_ms"  # of the stored state; a series' name holds no control characters
@@ -44,6 +47,16 @@ class _Pending:
 
     events: list[tuple[Event, tuple[str, ...]]] = field(default_factory=list)  # with the further topics of each
     rejects: list[tuple[Reject, ConsumerRecord]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Settlement:
+    """What one transaction commits."""
+
+    position: int
+    clock: Clock
+    said: int
+    pending: _Pending
 
 
 class Partition:
@@ -64,7 +77,9 @@ class Partition:
         self.published = 0
         self.rejected = 0
         self._producer: AIOKafkaProducer | None = None
+        self._consumer: AIOKafkaConsumer | None = None
         self._pending = _Pending()
+        self._trying: _Settlement | None = None  # the transaction that was begun last
         self._said = 0  # events and rejects so far, pending or not
         self._told = 0  # of them in a committed transaction
         self._repeat: Clock | None = None  # to be judged again, muted
@@ -92,6 +107,7 @@ class Partition:
         """Fence a former owner, restore the state and seek to where it belongs."""
         # The producer first: its start ends a transaction that a killed owner left open, so that the committed offset
         # read after it is final.
+        self._consumer = consumer
         self._producer = transactional_producer(self.settings.kafka, self.at)
         try:
             await self._producer.start()
@@ -251,34 +267,78 @@ class Partition:
             self._work.clear()  # here, and not in `_settle`: what a muted stretch takes in is never settled
             if self.position > self.settled or self._pending.events:
                 self._settling = True
-                await self._settle()
+                await self._settle_at_last()
                 self._settling = False
                 await asyncio.sleep(self.settings.kafka.settle_interval_ms / 1000)
+
+    async def _settle_at_last(self) -> None:
+        """Settle; if the broker refuses, do it again with another producer, unless it was done after all."""
+        for attempt in range(1, _SETTLE_ATTEMPTS + 1):
+            try:
+                await self._settle()
+                return
+            except ProducerFenced:  # another worker has the partition
+                raise
+            except KafkaError as e:
+                if attempt == _SETTLE_ATTEMPTS:
+                    raise
+                log.warning("%s: a transaction failed (%r), trying again", self.at, e)
+                await asyncio.sleep(attempt * _SETTLE_AGAIN_S)
+                await self._renew_producer()
+
+    async def _renew_producer(self) -> None:
+        """Take another producer; its start ends the transaction of the old one, whatever had become of it."""
+        assert self._producer is not None and self._consumer is not None
+        with contextlib.suppress(KafkaError):
+            await self._producer.stop()
+        self._producer = transactional_producer(self.settings.kafka, self.at)
+        await self._producer.start()
+        committed = await committed_offset(self._consumer, self.at)
+        if self._trying is not None and committed == (self._trying.position, self._trying.clock):
+            await self._settled(self._trying)
+            self._pending = _Pending(
+                self._pending.events[len(self._trying.pending.events) :],
+                self._pending.rejects[len(self._trying.pending.rejects) :],
+            )
+        self._trying = None
 
     async def _settle(self) -> None:
         """Commit all that is pending, and the offset behind it, in one transaction."""
         assert self._producer is not None
         kafka = self.settings.kafka
-        position, pending, said, clock = self.position, self._pending, self._said, clock_metadata(self.clock)
+        this = self._trying = _Settlement(self.position, self.clock, self._said, self._pending)
         self._pending = _Pending()
-        async with self._producer.transaction():
-            for event, further in pending.events:
-                key, value = event.subject.encode(), events.encode(event)
-                headers = [("content-type", events.CONTENT_TYPE.encode())]
-                for topic in dict.fromkeys((kafka.anomalies_topic, *further)):
-                    await self._producer.send(topic, value, key=key, headers=headers)
-            for reject, record in pending.rejects:
-                await self._producer.send(
-                    kafka.rejects_topic,
-                    (record.value or b"")[:REJECT_BYTES_MAX],
-                    key=record.key,
-                    headers=_reject_headers(reject, record),
-                )
-            await self._producer.send_offsets_to_transaction({self.at: OffsetAndMetadata(position, clock)}, kafka.group)
-        self.published += len(pending.events)
-        self.rejected += len(pending.rejects)
+        sent = []
+        try:
+            async with self._producer.transaction():
+                for event, further in this.pending.events:
+                    key, value = event.subject.encode(), events.encode(event)
+                    headers = [("content-type", events.CONTENT_TYPE.encode())]
+                    for topic in dict.fromkeys((kafka.anomalies_topic, *further)):
+                        sent.append(await self._producer.send(topic, value, key=key, headers=headers))
+                for reject, record in this.pending.rejects:
+                    value = (record.value or b"")[:REJECT_BYTES_MAX]
+                    headers = _reject_headers(reject, record)
+                    sent.append(await self._producer.send(kafka.rejects_topic, value, key=record.key, headers=headers))
+                # aiokafka commits a transaction of which the broker has refused records: each has to be asked for.
+                for failure in await asyncio.gather(*sent, return_exceptions=True):
+                    if isinstance(failure, BaseException):
+                        raise failure
+                offset = OffsetAndMetadata(this.position, clock_metadata(this.clock))
+                await self._producer.send_offsets_to_transaction({self.at: offset}, kafka.group)
+        except BaseException:
+            self._pending = _Pending(
+                this.pending.events + self._pending.events, this.pending.rejects + self._pending.rejects
+            )
+            raise
+        await self._settled(this)
+
+    async def _settled(self, this: _Settlement) -> None:
+        """Note that a transaction is committed."""
+        self.published += len(this.pending.events)
+        self.rejected += len(this.pending.rejects)
         async with self._settlement:
-            self.settled, self._told = position, said
+            self.settled, self._told = this.position, this.said
             self._settlement.notify_all()
 
     # -- state ----------------------------------------------------------------------------------------------------
