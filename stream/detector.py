@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from stream import silence as silences
-from stream.columns import BoolArray, Columns, Int32Array, Int64Array, SeriesIndex
+from stream.columns import BoolArray, Columns, Int32Array, Int64Array, SeriesIndex, grown
 from stream.events import (
     TYPE_RESUMED,
     TYPE_SILENT,
@@ -101,9 +101,7 @@ class Detector:
         if len(names) > len(self.rule_of):
             room = max(len(names), 2 * len(self.rule_of), 64)
             for array in ("rule_of", "group_of", "row_of"):
-                grown = np.full(room, UNWATCHED, np.int64)
-                grown[: len(getattr(self, array))] = getattr(self, array)
-                setattr(self, array, grown)
+                setattr(self, array, grown(getattr(self, array), room, UNWATCHED))
             self.silence.resize(room)
         for slot in range(self._known, len(names)):
             rule = self.rule_for(names[slot], entity=slot in self.index.entities)

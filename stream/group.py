@@ -16,7 +16,7 @@ import numpy as np
 from models.base import Forecast, residual
 from models.pot import Health, Outcome, Spot
 from stream import grid
-from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array
+from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array, grown
 from stream.events import (
     SEVERITIES,
     Event,
@@ -90,6 +90,7 @@ class Group:
         self.table = table
         self.counts = counts
         self.features, self.window = served.model.features, served.model.window
+        self.waits = self.features > 1 or bool(table.wait.any())  # whether any series may
         self.names: list[str] = []  # of each row; a copy's is empty
         self.capacity = 0
         self.placing = Placing(table)
@@ -135,9 +136,11 @@ class Group:
     def _make_room(self, rows: int) -> None:
         if rows <= self.capacity:
             return
-        old, new = self.capacity, max(rows, 2 * self.capacity, _FIRST_CAPACITY)
-        for part in (self.placing, self.waiting, self.windows, self.threshold, self.incidents):
+        new = max(rows, 2 * self.capacity, _FIRST_CAPACITY)
+        for part in (self.placing, self.windows, self.threshold, self.incidents):
             part.resize(new)
+        if self.waits:
+            self.waiting.resize(new)
         correcting = new if self.table.lateness_ms.any() else 0
         for name, fresh, room in (
             ("rule", 0, new),
@@ -150,19 +153,16 @@ class Group:
             ("raw", np.nan, correcting),
             ("stamp", 0, correcting),
         ):
-            before = getattr(self, name)
-            grown = np.full((room, *before.shape[1:]), fresh, before.dtype)
-            grown[: min(old, room)] = before
-            setattr(self, name, grown)
+            setattr(self, name, grown(getattr(self, name), room, fresh))
         self.capacity = new
 
     def resume(self, slot: Int32Array) -> None:
         """Bring restored series up to date with what their rules ask for now."""
         self._set_risk(slot)
         self.threshold.set_drift(slot, self.table.drift[self.rule[slot]])
-        begun = self.windows.filled[slot] > 0
-        closed = np.where(begun, self.windows.newest[slot], NONE)
-        self.waiting.closed[slot], self.waiting.newest[slot] = closed, closed
+        if self.waits:
+            closed = np.where(self.windows.filled[slot] > 0, self.windows.newest[slot], NONE)
+            self.waiting.closed[slot], self.waiting.newest[slot] = closed, closed
         self.copied[slot] = NONE
 
     def _set_risk(self, slot: Int32Array | Int64Array) -> None:

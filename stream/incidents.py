@@ -43,7 +43,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from stream.columns import BoolArray, Float64Array, Int8Array, Int32Array, Int64Array, UInt64Array
+from stream.columns import BoolArray, Float64Array, Int8Array, Int32Array, Int64Array, UInt64Array, grown
 
 NEVER = -1
 
@@ -191,10 +191,7 @@ class Incidents:
     def resize(self, capacity: int) -> None:
         """Give room to `capacity` series; those that are there keep their rows."""
         for name in self.ARRAYS:
-            old = getattr(self, name)
-            new = np.full(capacity, NEVER if name == "resolved_ms" else 0, old.dtype)
-            new[: len(old)] = old
-            setattr(self, name, new)
+            setattr(self, name, grown(getattr(self, name), capacity, NEVER if name == "resolved_ms" else 0))
 
     def copy_rows(self, source: npt.NDArray[np.integer], target: npt.NDArray[np.integer]) -> None:
         """Make the rows `target` what the rows `source` are."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stream import grid
-from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array
+from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array, grown
 from stream.policy import PolicyTable
 
 NO_PHASE = np.iinfo(np.int64).min
@@ -89,10 +89,7 @@ class Placing:
     def resize(self, capacity: int) -> None:
         """Give room to `capacity` series; those that are there keep their rows."""
         for name in (*self.ARRAYS, "waiting", "rule"):
-            old = getattr(self, name)
-            new = np.full(capacity, NO_PHASE if name == "phase_ms" else 0, old.dtype)
-            new[: len(old)] = old
-            setattr(self, name, new)
+            setattr(self, name, grown(getattr(self, name), capacity, NO_PHASE if name == "phase_ms" else 0))
 
     def add(self, slot: int, rule: int, waiting: bool) -> None:
         """Set a series up under a rule."""

@@ -20,7 +20,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from stream.columns import BoolArray, Int8Array, Int32Array, Int64Array
+from stream.columns import BoolArray, Int8Array, Int32Array, Int64Array, grown
 
 NEVER = -1
 
@@ -78,10 +78,8 @@ class Silence:
     def resize(self, capacity: int) -> None:
         """Give room to `capacity` series; those that are there keep their rows."""
         for name in self.ARRAYS:
-            old = getattr(self, name)
-            new = np.full(capacity, NEVER if name in ("last_ms", "arrived_ms") else 0, old.dtype)
-            new[: len(old)] = old
-            setattr(self, name, new)
+            fresh = NEVER if name in ("last_ms", "arrived_ms") else 0
+            setattr(self, name, grown(getattr(self, name), capacity, fresh))
 
     @property
     def watermark_ms(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stream.columns import BoolArray, Columns, Float64Array, Int32Array, Int64Array
+from stream.columns import BoolArray, Columns, Float64Array, Int32Array, Int64Array, grown
 from stream.placing import Cells
 
 NONE = -(2**62)  # no cell
@@ -40,10 +40,7 @@ class Waiting:
     def resize(self, capacity: int) -> None:
         """Give room to `capacity` series; those that are there keep their rows."""
         for name, fresh in (("closed", NONE), ("newest", NONE), ("cell", NONE), ("time_ms", 0), ("value", np.nan)):
-            old = getattr(self, name)
-            new = np.full((capacity, *old.shape[1:]), fresh, old.dtype)
-            new[: len(old)] = old
-            setattr(self, name, new)
+            setattr(self, name, grown(getattr(self, name), capacity, fresh))
 
     def accept(self, points: Columns, cell: Int64Array, lateness: Int64Array) -> Cells:
         """Take points in, in the order of their arrival within each series; return what is ready to be stepped.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stream.columns import BoolArray, Float64Array, Int32Array, Int64Array
+from stream.columns import BoolArray, Float64Array, Int32Array, Int64Array, grown
 
 STEPS_MIN = 8  # changes that a mean of them needs
 STEPS_MAX = 10_000  # changes that the mean of a series' steps remembers: a month of 5-minute points
@@ -52,10 +52,7 @@ class Windows:
     def resize(self, capacity: int) -> None:
         """Give room to `capacity` series; those that are there keep their rows."""
         for name in self.ARRAYS:
-            old = getattr(self, name)
-            new = np.zeros((capacity, *old.shape[1:]), old.dtype)
-            new[: len(old)] = old
-            setattr(self, name, new)
+            setattr(self, name, grown(getattr(self, name), capacity))
 
     def copy_rows(self, source: Int32Array, target: Int32Array) -> None:
         """Give the windows of `target` the content of those of `source`."""
