@@ -135,6 +135,11 @@ def rules_file(settings: Settings) -> RulesFile | None:
 
 def served(checkpoint: Checkpoint, pot: PotConfig) -> Served:
     """Return a checkpoint as the core uses it."""
+    features, metrics = checkpoint.model.features, checkpoint.metrics
+    if features > 1 and len(metrics) != features:
+        raise CheckpointError(
+            f"{checkpoint.ref} takes {features} features and names {len(metrics)} metrics: train it anew with --entity"
+        )
     scores = np.asarray(checkpoint.calibration, np.float64)
     own = checkpoint.calibrated
     return Served(
