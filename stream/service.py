@@ -200,6 +200,8 @@ def detector_factory(
     models = served_models(settings, rules, checkpoint)
     for problem in rules.hidden(features_of(models)):
         log.warning("%s: %s", settings.rules, problem)
+    for one in models.values():
+        log.info("checkpoint %s, window %d, features %d", one.ref, one.model.window, one.model.features)
 
     def make() -> Detector:
         return Detector(config, rules.rules, [models[rule.model] if rule.watch else None for rule in rules.rules])
