@@ -103,13 +103,17 @@ class Detector:
             for array in ("rule_of", "group_of", "row_of"):
                 setattr(self, array, grown(getattr(self, array), room, UNWATCHED))
             self.silence.resize(room)
-        for slot in range(self._known, len(names)):
-            rule = self.rule_for(names[slot], entity=slot in self.index.entities)
-            group = self._group_of_rule[rule] if rule >= 0 else UNWATCHED
-            self.rule_of[slot], self.group_of[slot] = rule, group
-            if group >= 0:
-                self.row_of[slot] = self.groups[group].add(names[slot], rule, slot)
-                self.silence.span_ms[slot] = self._span(rule, self.rules[rule].policy.interval_ms)
+        new = np.arange(self._known, len(names))
+        for slot in new.tolist():
+            self.rule_of[slot] = self.rule_for(names[slot], entity=slot in self.index.entities)
+        rule = self.rule_of[new]
+        self.group_of[new] = np.where(rule >= 0, np.array([*self._group_of_rule, UNWATCHED])[rule], UNWATCHED)
+        for number, group in enumerate(self.groups):  # all at once: each may have to be calibrated
+            own = new[self.group_of[new] == number]
+            if len(own):
+                rules, slots = self.rule_of[own].tolist(), own.tolist()
+                self.row_of[own] = group.add(self.names(slots), rules, slots)
+                self.silence.span_ms[own] = self._span(self.rule_of[own], self.table.interval_ms[self.rule_of[own]])
         self._known = len(names)
 
     def _span(self, rule: int | Int64Array, interval_ms: int | Int64Array) -> Int64Array:

@@ -113,25 +113,36 @@ class Group:
 
     # -- series -----------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, rule: int, series: int) -> int:
-        """Give a new series its row."""
-        policy = self.rules[rule].policy
-        waiting = self.features > 1 or policy.wait
-        corrects = policy.lateness_ms > 0 and not waiting
-        slot = len(self.names)
-        rows = 3 if corrects else 1
-        self.names += [name] + [""] * (rows - 1)
+    def add(self, names: Sequence[str], rules: Sequence[int], series: Sequence[int]) -> Int64Array:
+        """Give new series their rows.
+
+        Args:
+            names: of the series, (K,).
+            rules: row of the policy table of each.
+            series: slot of each in the detector.
+
+        Returns:
+            the row of each, (K,).
+        """
+        waiting = [self.features > 1 or self.rules[rule].policy.wait for rule in rules]
+        corrects = [
+            self.rules[rule].policy.lateness_ms > 0 and not wait for rule, wait in zip(rules, waiting, strict=True)
+        ]
+        rows = np.where(corrects, 3, 1)
+        slots = len(self.names) + np.cumsum(rows) - rows
+        for name, count in zip(names, rows.tolist(), strict=True):
+            self.names += [name] + [""] * (count - 1)
         self._make_room(len(self.names))
-        self.rule[slot : slot + rows] = rule
-        self.corrects[slot] = corrects
-        self.series[slot] = series
-        self.placing.add(slot, rule, waiting)
-        own = np.array([slot])
-        self.threshold.set_drift(own, policy.drift)
-        self._set_risk(own)
+        for slot, count, rule, wait in zip(slots.tolist(), rows.tolist(), rules, waiting, strict=True):
+            self.rule[slot : slot + count] = rule
+            self.placing.add(slot, rule, wait)
+        self.corrects[slots] = corrects
+        self.series[slots] = series
+        self.threshold.set_drift(slots, self.table.drift[self.rule[slots]])
+        self._set_risk(slots)
         if self.served.calibration is not None and len(self.served.calibration):
-            self.threshold.calibrate(own, self.served.calibration)
-        return slot
+            self.threshold.calibrate(slots, self.served.calibration)
+        return slots
 
     def _make_room(self, rows: int) -> None:
         if rows <= self.capacity:

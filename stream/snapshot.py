@@ -106,6 +106,17 @@ def row_dtype(group: Group, window: int | None = None) -> np.dtype[np.void]:
     )
 
 
+_sizes: dict[tuple[int, int, int], int] = {}
+
+
+def _row_size(group: Group, window: int) -> int:
+    """Return the bytes of a record; a dtype takes longer to make than a blob to open."""
+    key = (window, group.features, group.threshold.dtype.itemsize)
+    if key not in _sizes:
+        _sizes[key] = row_dtype(group, window).itemsize
+    return _sizes[key]
+
+
 # -- to bytes ---------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +292,7 @@ def _open(field: bytes, blob: bytes) -> tuple[AnyArray, bytes]:
 
 def _cut(name: str, slot: int, group: Group, header: AnyArray, body: bytes) -> _Blob:
     """Tell the record from what stands behind it."""
-    size = row_dtype(group, int(header["window"])).itemsize
+    size = _row_size(group, int(header["window"]))
     if len(body) < size:
         raise StateError(
             f"state of {name!r}: {len(body)} bytes, but a window of {header['window']} needs {size}; "
