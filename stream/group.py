@@ -212,8 +212,8 @@ class Group:
                 cell, lateness = self.placing.cell(patient.slot, patient.timestamp_ms), self._lateness(patient.slot)
                 ready = self.waiting.accept(patient, cell, lateness)
                 if len(ready.slot):
-                    lead, start, order = self._place(ready)
-                    self._run(ready, order, lead, start, result, want_scores)
+                    placed = self._placed(ready)
+                    self._run(ready, placed.order, placed.lead, placed.start, result, want_scores)
             if len(points):
                 cells = Cells(
                     points.slot,
@@ -238,10 +238,6 @@ class Group:
     def _placed(self, cells: Cells) -> grid.Placed:
         started = self.windows.filled[cells.slot] > 0
         return grid.place(cells.slot, cells.cell, self.windows.newest[cells.slot], started)
-
-    def _place(self, cells: Cells) -> tuple[Int64Array, BoolArray, Int64Array]:
-        placed = self._placed(cells)
-        return placed.lead, placed.start, placed.order
 
     def _run(
         self,
