@@ -1,30 +1,90 @@
-"""What every forecasting family serves, and how a forecast becomes a score."""
+"""What every family of models serves: a window and the point after it in, an assessment of that point out."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
+
+LARGEST = 1e150  # of an error: its square still sums over a million features without overflow
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
-    """The next point of each window, in the units of its history.
+class Context:
+    """Points of B series, one each, with all that a model may know of them. A row says nothing of another row.
 
     Attributes:
-        expected: the forecast, (B, F) float64, finite.
-        spread: the error that counts as one unit of score, (B, F) float64, finite, > 0.
+        history: the H cells before each point, oldest first, (B, H, F) float64, finite: what arrived and was normal, else
+            what completed it.
+        learned: which of them arrived and were normal, (B, H, F) bool; the others are completed.
+        value: the points, (B, F) float64; NaN where a feature did not arrive.
+        time_ms: of the points, ms since 1970, (B,) int64.
+        usual_step: mean absolute change from one point to the next over the life of each series, (B, F) float64, >= 0;
+            NaN where it is not known yet.
+        ahead: what the model said of each point at the one before, (B, F) float64, from this very history; NaN where
+            nothing is kept. None: nothing is.
+        member: which weights of a stack each series has, (B,) int64; None for a model that is no stack.
+    """
+
+    history: Float64
+    learned: Bool
+    value: Float64
+    time_ms: Int64
+    usual_step: Float64
+    ahead: Float64 | None = None
+    member: Int64 | None = None
+
+    def take(self, rows: Int64 | Bool | slice) -> "Context":
+        """Return some of the rows."""
+        return Context(*(_rows(getattr(self, one.name), rows) for one in fields(self)))
+
+    def __len__(self) -> int:
+        """The number of points."""
+        return len(self.history)
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """What a model says of points, in the units of their history where it has any. All (B, F) float64.
+
+    Attributes:
+        expected: what each value should be, finite.
+        spread: how far from it a value lies whose error is 1, finite, > 0.
+        error: signed, without a unit: above 0 for a value above the expected one; 0 for one that did not arrive; finite.
+            Its Euclidean norm over the features is the score.
+        completion: what stands for a value that did not arrive, finite.
+        slack: the error of a value at distance d from `expected` is sqrt((d / spread)**2 - slack), and 0 where that is
+            none; 0 for a forecast. None: 0 everywhere.
+        ahead: the forecast of the next point, should this one enter the window as it came; NaN where it cannot be known
+            yet. None from a model that does not look ahead.
     """
 
     expected: Float64
     spread: Float64
+    error: Float64
+    completion: Float64
+    slack: Float64 | None = None
+    ahead: Float64 | None = None
+
+    def take(self, rows: Int64 | Bool | slice) -> "Assessment":
+        """Return some of the rows."""
+        return Assessment(*(_rows(getattr(self, one.name), rows) for one in fields(self)))
+
+    def half_width(self, threshold: Float64) -> Float64:
+        """Half the width of the band that is normal at these thresholds, (B, F); thresholds (B, 1)."""
+        square = np.square(threshold) if self.slack is None else np.square(threshold) + self.slack
+        width: Float64 = self.spread * np.sqrt(np.maximum(square, 0.0))
+        return width
 
 
-class Forecaster(Protocol):
-    """A model that forecasts the next point of a window."""
+class Model(Protocol):
+    """A trained model as the service uses it. Its answers depend on the same row of the context only, bit for bit."""
 
     @property
     def family(self) -> str:
@@ -32,58 +92,148 @@ class Forecaster(Protocol):
 
     @property
     def window(self) -> int:
-        """W, the points of history that one forecast reads."""
+        """W, the points that the network reads at once."""
+
+    @property
+    def history(self) -> int:
+        """H, the points before the one that is assessed: W of a forecaster, W - 1 where the network reads it too."""
 
     @property
     def features(self) -> int:
         """F, the metrics of one point."""
 
     @property
+    def reads_point(self) -> bool:
+        """Whether what is expected of a value depends on that very value, as in a reconstruction."""
+
+    @property
     def neutral(self) -> Float64:
         """What stands for a feature that has never been seen, (F,) float64: the middle of what the model knows."""
 
-    def forecast(self, history: Float64, usual_step: Float64 | None = None, learned: Bool | None = None) -> Forecast:
-        """Forecast the point after each window; history is (B, W, F) float64 without NaN, oldest point first.
+    @property
+    def parameters(self) -> int:
+        """The number of weights."""
 
-        usual_step is the mean absolute change from point to point over each series' life, (B, F), if it is known;
-        learned says which values were observed and normal, (B, W, F), the others being completed.
+    def assess(self, context: Context) -> Assessment:
+        """Say of each point what was expected and how far off it is.
+
+        Raises:
+            ValueError: the context has another H or F.
         """
 
 
-def residual(value: Float64, forecast: Forecast) -> Float64:
-    """Signed error in units of spread, (B, F) float64; 0 where the value is NaN (not observed)."""
+class Config(Protocol):
+    """Shape and scaling of a model: a frozen dataclass of plain values that raises ConfigError for a wrong one."""
+
+    @property
+    def window(self) -> int:
+        """W, the points that the network reads at once."""
+
+    @property
+    def features(self) -> int:
+        """F, the metrics of one point."""
+
+    @property
+    def scaling(self) -> str:
+        """`train`: by constants of the training data; `window`: by each window itself, for series never seen."""
+
+
+Constants = Mapping[str, Float64]  # what a model has besides weights, by name; small, float64
+Weights = Mapping[str, Tensor]  # by name, float32
+
+
+class Batch(NamedTuple):
+    """Windows that a network is trained on; tuples of tensors only, so that many networks can be trained at once.
+
+    Attributes:
+        x: H + 1 points each, the last one being the point that a live window would assess, (B, H + 1, F) float32,
+            standardised, gaps filled. A feature that never moved in training is 0 throughout.
+        counts: which values may count in a loss: they arrived, are not labelled anomalous, and their feature moves,
+            (B, H + 1, F) bool.
+        code: minute, hour and weekday (0 = Sunday) of the last point, UTC, (B, 3) int64.
+    """
+
+    x: Tensor
+    counts: Tensor
+    code: Tensor
+
+
+class Network(nn.Module):
+    """The layers of a family while they are trained."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss of each window, (B,); randomness comes from torch's global generator."""
+        raise NotImplementedError
+
+    def measure(self, batch: Batch) -> dict[str, Float64]:
+        """Return the constants that only a trained network can tell, from some thousand windows of its training data."""
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A kind of model: how it is shaped, trained and served.
+
+    Attributes:
+        name: as `config.json` and `tocsin train --model` name it.
+        title: for people.
+        config: its dataclass of plain values.
+        shapes: of a config, name and shape of every weight, in the order of the layers.
+        network: of a config, the layers with new random weights; its `state_dict` has the names of `shapes`.
+        serve: of a config, weights and constants, the model; `stacked`: each has one more axis, of the members, in front.
+        stackable: whether many of one config can be trained and served at once.
+    """
+
+    name: str
+    title: str
+    config: type[Any]
+    shapes: Callable[[Any], dict[str, tuple[int, ...]]]
+    network: Callable[[Any], Network]
+    serve: Callable[..., Model]
+    stackable: bool = True
+
+
+def residual(value: Float64, expected: Float64, spread: Float64) -> Float64:
+    """Signed error in units of spread, (B, F) float64, finite; 0 where the value is NaN (did not arrive)."""
     with np.errstate(over="ignore"):
-        error = (value - forecast.expected) / forecast.spread
-    finite: Float64 = np.clip(np.nan_to_num(error, nan=0.0), -_LARGEST, _LARGEST)
+        error = (value - expected) / spread
+    finite: Float64 = np.clip(np.nan_to_num(error, nan=0.0), -LARGEST, LARGEST)
     return finite
 
 
-def score(value: Float64, forecast: Forecast) -> Float64:
-    """Euclidean norm over the features of the error in units of spread; higher is more anomalous.
-
-    Args:
-        value: the observed points, (B, F) float64; NaN where a feature was not observed.
-        forecast: of the windows that end just before those points.
-
-    Returns:
-        (B,) float64, >= 0 and finite; NaN where no feature was observed, since there is nothing to score.
-    """
-    error = residual(value, forecast)
-    norm: Float64 = np.abs(error[:, 0]) if error.shape[1] == 1 else np.sqrt((error * error).sum(axis=1))
-    norm[np.isnan(value).all(axis=1)] = np.nan
-    return norm
+def norm(error: Float64) -> Float64:
+    """Euclidean norm over the features, (B,) float64, >= 0: the score of errors, (B, F)."""
+    length: Float64 = np.abs(error[:, 0]) if error.shape[1] == 1 else np.sqrt((error * error).sum(axis=1))
+    return length
 
 
-def contributions(value: Float64, forecast: Forecast) -> Float64:
-    """Share of each feature in the squared score, (B, F) float64; a row sums to 1, or is all 0 for score 0 or NaN."""
-    error = np.abs(residual(value, forecast))
-    largest = error.max(axis=1, keepdims=True)
+def score(value: Float64, assessment: Assessment) -> Float64:
+    """Score of points, (B,) float64; higher is more anomalous; NaN where no feature arrived."""
+    length = norm(assessment.error)
+    length[np.isnan(value).all(axis=1)] = np.nan
+    return length
+
+
+def contributions(error: Float64) -> Float64:
+    """Share of each feature in the squared score, (B, F) float64; a row sums to 1, or is all 0 for score 0."""
+    size = np.abs(error)
+    largest = size.max(axis=1, keepdims=True)
     # Scaling by the largest first keeps the squares of tiny errors from vanishing.
-    squares = np.square(np.divide(error, largest, out=np.zeros_like(error), where=largest > 0))
+    squares = np.square(np.divide(size, largest, out=np.zeros_like(size), where=largest > 0))
     total = squares.sum(axis=1, keepdims=True)
     shares: Float64 = np.divide(squares, total, out=np.zeros_like(squares), where=total > 0)
     return shares
 
 
-# Its square still sums over a million features without overflow.
-_LARGEST = 1e150
+def check_shape(context: Context, history: int, features: int) -> None:
+    """Refuse a context of another shape than a model reads.
+
+    Raises:
+        ValueError: it has.
+    """
+    if context.history.ndim != 3 or context.history.shape[1:] != (history, features):
+        raise ValueError(f"history is {context.history.shape}, and this model reads (B, {history}, {features})")
+
+
+def _rows(array: Any, rows: Int64 | Bool | slice) -> Any:
+    return None if array is None else array[rows]

@@ -7,7 +7,8 @@ neighbours; 1, 2, 3, 31 and 63 were not. So a batch is cut into chunks of `chunk
 next of those sizes. `tests/unit/test_batching.py` holds every model family to it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,36 +19,39 @@ SIZES = (8, 16, 32, 64, 128, 256)  # rows; each agrees with every other bit for 
 
 
 def run_padded(
-    fn: Callable[[Tensor], Tensor], x: NDArray[np.float32], *, chunk: int = SIZES[-1]
-) -> NDArray[np.float32]:
-    """Run `fn` over the rows of x in batches of `SIZES` only.
+    fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[NDArray[Any]], *, chunk: int = SIZES[-1]
+) -> tuple[NDArray[np.float32], ...]:
+    """Run `fn` over the rows of some arrays in batches of `SIZES` only.
 
     Args:
-        fn: maps (n, ...) float32 to (n, ...) float32, row by row, for n in `SIZES`. It may return a view of its input.
-        x: the rows, (N, ...) float32; N = 0 is allowed.
+        fn: takes a tensor for each input, (n, ...), and returns a tuple of (n, ...) float32, row by row, for n in
+            `SIZES`. It may return views of its inputs. Rows of padding are zeros, or False.
+        inputs: arrays of N rows each, (N, ...) of any type that torch has; N = 0 is allowed.
         chunk: rows of a full batch, one of `SIZES`; changes the speed, never the result.
 
     Returns:
-        fn's rows, (N, ...) float32. A row depends on the same row of x only.
+        fn's rows, (N, ...) float32 each. A row depends on the same row of the inputs only.
 
     Raises:
         ValueError: chunk is not one of `SIZES`.
     """
     if chunk not in SIZES:
         raise ValueError(f"chunk={chunk} is not one of {SIZES}: other sizes may change the last bits of a row")
-    n = len(x)
+    n = len(inputs[0])
     # Copied into torch's own memory: it is aligned alike in every call, and kernels may sum by alignment too.
-    buffer = torch.zeros((min(chunk, padded_size(n)), *x.shape[1:]), dtype=torch.float32)
-    rows = buffer.numpy()
-    parts: list[NDArray[np.float32]] = []
+    most = min(chunk, padded_size(n))
+    buffers = [torch.zeros((most, *x.shape[1:]), dtype=torch.from_numpy(x[:0]).dtype) for x in inputs]
+    rows = [buffer.numpy() for buffer in buffers]
+    parts: list[tuple[NDArray[np.float32], ...]] = []
     with torch.inference_mode():
         for start in range(0, max(n, 1), chunk):  # n = 0 runs one batch of zeros, for the shape of the result
             taken = min(chunk, n - start)
             size = min(chunk, padded_size(taken))
-            rows[:taken] = x[start : start + taken]
-            rows[taken:size] = 0.0
-            parts.append(fn(buffer[:size]).numpy()[:taken].copy())
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            for row, x in zip(rows, inputs, strict=True):
+                row[:taken] = x[start : start + taken]
+                row[taken:size] = 0
+            parts.append(tuple(y.numpy()[:taken].copy() for y in fn(*(buffer[:size] for buffer in buffers))))
+    return parts[0] if len(parts) == 1 else tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
 def padded_size(rows: int) -> int:
