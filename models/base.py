@@ -1,7 +1,7 @@
 """What every family of models serves: a window and the point after it in, an assessment of that point out."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,8 +20,8 @@ class Context:
     """Points of B series, one each, with all that a model may know of them. A row says nothing of another row.
 
     Attributes:
-        history: the H cells before each point, oldest first, (B, H, F) float64, finite: what arrived and was normal, else
-            what completed it.
+        history: the H cells before each point, oldest first, (B, H, F) float64, finite: what arrived and was normal,
+            else what completed it.
         learned: which of them arrived and were normal, (B, H, F) bool; the others are completed.
         value: the points, (B, F) float64; NaN where a feature did not arrive.
         time_ms: of the points, ms since 1970, (B,) int64.
@@ -56,8 +56,8 @@ class Assessment:
     Attributes:
         expected: what each value should be, finite.
         spread: how far from it a value lies whose error is 1, finite, > 0.
-        error: signed, without a unit: above 0 for a value above the expected one; 0 for one that did not arrive; finite.
-            Its Euclidean norm over the features is the score.
+        error: signed, without a unit, finite: above 0 for a value above the expected one; 0 for one that did not
+            arrive. Its Euclidean norm over the features is the score.
         completion: what stands for a value that did not arrive, finite.
         slack: the error of a value at distance d from `expected` is sqrt((d / spread)**2 - slack), and 0 where that is
             none; 0 for a forecast. None: 0 everywhere.
@@ -107,8 +107,12 @@ class Model(Protocol):
         """Whether what is expected of a value depends on that very value, as in a reconstruction."""
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether it gives `Assessment.ahead`, to be told of at the next point."""
+
+    @property
     def neutral(self) -> Float64:
-        """What stands for a feature that has never been seen, (F,) float64: the middle of what the model knows."""
+        """What stands for a feature that has never been seen, the middle of what the model knows: (F,), or (K, F)."""
 
     @property
     def parameters(self) -> int:
@@ -166,7 +170,7 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def measure(self, batch: Batch) -> dict[str, Float64]:
-        """Return the constants that only a trained network can tell, from some thousand windows of its training data."""
+        """Return the constants that only a trained network can tell, from some thousand windows of its training."""
         return {}
 
 
@@ -177,20 +181,32 @@ class Family:
     Attributes:
         name: as `config.json` and `tocsin train --model` name it.
         title: for people.
+        method: for people, how it comes to a score.
         config: its dataclass of plain values.
         shapes: of a config, name and shape of every weight, in the order of the layers.
         network: of a config, the layers with new random weights; its `state_dict` has the names of `shapes`.
-        serve: of a config, weights and constants, the model; `stacked`: each has one more axis, of the members, in front.
+        serve: of a config, weights and constants, the model; `stacked`: each has one more axis in front, of the members.
         stackable: whether many of one config can be trained and served at once.
+        history: of a config, H as its served model has it; W by default, as of a forecaster.
+        reads_point: of a config, whether the network sees the point itself, as in a reconstruction. Then windows with
+            gaps and labelled points are trained on too: `Batch.counts` says which values are none.
+        yardstick: the loss of each window, (B,), with the last value as the forecast; for the record only. None: the
+            loss is of another kind.
+        training: fields of `models.train.TrainConfig` that this family's training begins with.
     """
 
     name: str
     title: str
+    method: str
     config: type[Any]
     shapes: Callable[[Any], dict[str, tuple[int, ...]]]
     network: Callable[[Any], Network]
     serve: Callable[..., Model]
     stackable: bool = True
+    history: Callable[[Any], int] = lambda config: int(config.window)
+    reads_point: Callable[[Any], bool] = lambda config: False
+    yardstick: Callable[[Batch], Tensor] | None = None
+    training: Mapping[str, float] = field(default_factory=dict)
 
 
 def residual(value: Float64, expected: Float64, spread: Float64) -> Float64:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.base import Bool, Config, Constants, Context, Float64, Weights
+from models.base import Assessment, Bool, Config, Constants, Context, Float64, Weights
 from models.batching import SIZES, run_padded
 from models.errors import ConfigError
 
@@ -33,6 +33,8 @@ class ServedModel(Generic[C]):
     """
 
     family: ClassVar[str]
+    reads_point: ClassVar[bool]
+    looks_ahead: ClassVar[bool] = False
 
     def __init__(self, config: C, weights: Weights, constants: Constants, *, stacked: bool = False) -> None:
         """Take weights and constants over; a missing `center` is 0, `scale` 1, `still` none.
@@ -78,6 +80,15 @@ class ServedModel(Generic[C]):
     def parameters(self) -> int:
         """The number of weights, of one member."""
         return sum(tensor.numel() for tensor in self.raw.values()) // max(self.members, 1)
+
+    @property
+    def history(self) -> int:
+        """H, the points before the one that is assessed."""
+        raise NotImplementedError
+
+    def assess(self, context: Context) -> Assessment:
+        """Say of each point what was expected and how far off it is."""
+        raise NotImplementedError
 
     def constant(self, name: str, context: Context) -> Float64:
         """A constant as it is for each row, (B, ...)."""

@@ -112,7 +112,7 @@ def prime(detector: Detector, points: Points, first: int) -> None:
     """
     config, cells = detector.config, 2 * max(group.window for group in detector.groups)  # missing points, late ones
     calibrated = all(
-        group.served.calibration is not None and len(group.served.calibration) >= config.pot.min_scores
+        group.served.calibrations and min(map(len, group.served.calibrations)) >= config.pot.min_scores
         for group in detector.groups
     )
     warmup_ms = int(detector.table.warmup_ms.max())
@@ -218,14 +218,22 @@ def sample_points(samples: Sequence[Sample]) -> Points:
 def trained_checkpoint(bundle: Bundle) -> Checkpoint:
     """Return what was just trained as a checkpoint that lies in no repository, `trained@0`."""
     return Checkpoint(
-        "trained", 0, Path(), bundle.model, bundle.calibration, bundle.interval_ms, bundle.training, bundle.metrics
+        name="trained",
+        version=0,
+        path=Path(),
+        model=bundle.model,
+        calibrations=bundle.calibrations,
+        interval_ms=bundle.interval_ms,
+        training=bundle.training,
+        metrics=bundle.metrics,
+        members=bundle.members,
     )
 
 
 class ScoreWriter:
     """Writes the scores of a run to a CSV file, a row a cell; empty fields where there was no value or no score."""
 
-    COLUMNS = ("timestamp", "value", "expected", "score", "threshold", "probability", "anomaly")
+    COLUMNS = ("timestamp", "value", "expected", "lower", "upper", "score", "threshold", "probability", "anomaly")
 
     def __init__(self, file: TextIO, detector: Detector, *, many: bool) -> None:
         self._file = file

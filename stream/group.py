@@ -7,13 +7,13 @@ A wave holds at most one cell of each series, so that everything in it is done o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
 
 import numpy as np
 
-from models.base import Forecast, residual
+from models.base import Assessment, Context, norm
 from models.pot import Health, Outcome, Spot
 from stream import grid
 from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array, grown
@@ -65,6 +65,12 @@ class _Steps:
         return len(self.slot)
 
 
+def _within(completion: Float64Array, history: Float64Array) -> Float64Array:
+    """Return what stands for missing values, no further than the window has been."""
+    inside: Float64Array = np.clip(completion, history.min(axis=1), history.max(axis=1))
+    return inside
+
+
 @dataclass(slots=True)
 class _Output:
     """What steps say, before it is known whether it has been said already."""
@@ -89,7 +95,7 @@ class Group:
         self.rules = rules
         self.table = table
         self.counts = counts
-        self.features, self.window = served.model.features, served.model.window
+        self.features, self.window = served.model.features, served.model.history
         self.waits = self.features > 1 or bool(table.wait.any())  # whether any series may
         self.names: list[str] = []  # of each row; a copy's is empty
         self.capacity = 0
@@ -103,6 +109,9 @@ class Group:
         self.q: Float64Array = np.zeros(0)
         self.first_score_ms: Int64Array = np.zeros(0, np.int64)
         self.shift: Float64Array = np.zeros((0, self.features))  # of what was flagged last, from what was expected
+        self.member: Int64Array | None = np.zeros(0, np.int64) if served.members else None  # of a stack, its weights
+        # What the model said of the next point, if the window is still as it was then. Not state: it can be made anew.
+        self.ahead: Float64Array | None = np.zeros((0, self.features)) if served.model.looks_ahead else None
         # Of series that correct their events: the cells that the two copies were taken before, and what came since.
         self.corrects: BoolArray = np.zeros(0, np.bool_)
         self.copied: Int64Array = np.zeros((0, 2), np.int64)
@@ -140,8 +149,9 @@ class Group:
         self.series[slots] = series
         self.threshold.set_drift(slots, self.table.drift[self.rule[slots]])
         self._set_risk(slots)
-        if self.served.calibration is not None and len(self.served.calibration):
-            self.threshold.calibrate(slots, self.served.calibration)
+        if self.member is not None:
+            for name, slot, count in zip(names, slots.tolist(), rows.tolist(), strict=True):
+                self.member[slot : slot + count] = self.served.members[name]
         return slots
 
     def _make_room(self, rows: int) -> None:
@@ -159,12 +169,15 @@ class Group:
             ("q", 0.0, new),
             ("first_score_ms", NEVER, new),
             ("shift", 0.0, new),
+            ("member", 0, new),
+            ("ahead", np.nan, new),
             ("corrects", False, new),
             ("copied", NONE, new),
             ("raw", np.nan, correcting),
             ("stamp", 0, correcting),
         ):
-            setattr(self, name, grown(getattr(self, name), room, fresh))
+            if (array := getattr(self, name)) is not None:
+                setattr(self, name, grown(array, room, fresh))
         self.capacity = new
 
     def resume(self, slot: Int32Array) -> None:
@@ -329,10 +342,11 @@ class Group:
         judged: Judged | None = None
         if len(full):
             history, learned = self.windows.history(slot[full], cell[full])
-            forecast = self.model.forecast(history, self.windows.usual_step(slot[full]), learned)
-            expected[full] = forecast.expected
+            context = self._context(slot[full], cell[full], value[full], history, learned)
+            assessment = self.model.assess(context)
+            expected[full] = assessment.expected
             # Forecast from forecasts, a gap would run away: what completes it stays within what the window has seen.
-            completion[full] = np.clip(forecast.expected, history.min(axis=1), history.max(axis=1))
+            completion[full] = _within(assessment.completion, history)
             enough = learned.mean(axis=1) >= self.config.min_observed
             if not enough.all():  # flagged values are not learned, but they did arrive: a long incident stays judged
                 enough |= self.windows.arrived(slot[full]) >= self.config.min_observed
@@ -343,23 +357,33 @@ class Group:
                 which = full[at]
                 completed = ((~learned[at]).sum(axis=(1, 2)) // self.features).astype(np.int64)
                 shown = np.where(scored[at], value[which], np.nan)
-                forecast = Forecast(forecast.expected[at], forecast.spread[at])
-                judged, anomaly = self._judge(wave, which, shown, forecast, completed, output)
+                judged, anomaly = self._judge(wave, which, shown, assessment.take(at), completed, output)
                 flagged[which] = anomaly
                 row_scores[:, which] = judged.score, judged.step.threshold, judged.step.probability
         seen = np.where(observed, value, completion)
         if judged is not None and flagged.any():
             learn = observed.copy()
-            self._withhold(which, judged, flagged[which], value, completion, seen, learn)
+            self._withhold(judged, np.flatnonzero(flagged[which]), which, context.take(at), completion, seen, learn)
         self.windows.append(slot, cell, seen, value, learn)
+        if self.ahead is not None:
+            self.ahead[slot] = np.nan
+            if judged is not None and assessment.ahead is not None:  # only of points that entered as they came
+                same = observed[which].all(axis=1) & (judged.step.outcome != Outcome.ANOMALY)
+                self.ahead[judged.slot[same]] = assessment.ahead[at[same]]
         if output.scores is not None:
             one = self.features == 1
+            half = np.full(len(slot), np.nan)
+            if one and judged is not None:
+                half[which] = judged.assessment.half_width(judged.step.threshold[:, None])[:, 0]
+            middle = expected[:, 0] if one else row_scores[0] * np.nan
             output.scores.append(
                 Scores(
                     self.series[slot],
                     wave.timestamp_ms,
                     value[:, 0] if one else row_scores[0] * np.nan,
-                    expected[:, 0] if one else row_scores[0] * np.nan,
+                    middle,
+                    middle - half,
+                    middle + half,
                     row_scores[0],
                     row_scores[1],
                     row_scores[2],
@@ -367,30 +391,58 @@ class Group:
                 )
             )
 
+    def _context(
+        self, slot: Int32Array, cell: Int64Array, value: Float64Array, history: Float64Array, learned: BoolArray
+    ) -> Context:
+        """Return what the model is told of the next cells of series with full windows."""
+        return Context(
+            history,
+            learned,
+            # A network that reads the point reads what the window will keep of it.
+            self.windows.kept(slot, value) if self.model.reads_point else value,
+            self.placing.time_ms(slot, cell),
+            self.windows.usual_step(slot),
+            None if self.ahead is None else self.ahead[slot],
+            None if self.member is None else self.member[slot],
+        )
+
     def _begin(self, slot: Int32Array, value: Float64Array) -> None:
         """Start windows anew; what has not come of an entity is what the model takes for its middle."""
-        self.windows.begin(slot, np.where(np.isnan(value), self.model.neutral, value))
+        neutral = self.model.neutral if self.member is None else self.model.neutral[self.member[slot]]
+        self.windows.begin(slot, np.where(np.isnan(value), neutral, value))
 
     def _withhold(
         self,
-        which: Int64Array,
         judged: Judged,
-        flagged: BoolArray,
-        value: Float64Array,
+        at: Int64Array,
+        which: Int64Array,
+        context: Context,
         completion: Float64Array,
         seen: Float64Array,
         learn: BoolArray,
     ) -> None:
         """Keep what was flagged from being learned: of an entity, the features with more than an average share of it.
 
-        One that lies far from its forecast enters the window as missing, a near one at the edge of the band. In an
+        One that lies far from what was expected enters the window as missing, a near one at the edge of the band. In an
         incident that goes on, values that lie off by as much as the ones before enter without that shift.
+
+        Args:
+            judged: the points that were scored.
+            at: those of them that were flagged.
+            which: rows of the wave that `judged` is of.
+            context: of the same points.
+            completion: of the wave, what stands for a missing value.
+            seen: of the wave, what enters the windows; changed here.
+            learn: of the wave, what of that arrived; changed here.
         """
-        at = np.flatnonzero(flagged)
-        rows, slot, value = which[at], judged.slot[at], value[which[at]]
+        rows, slot, value, some = which[at], judged.slot[at], judged.value[at], judged.assessment.take(at)
         square = np.square(judged.error[at] / judged.error[at].max(axis=1, keepdims=True))
         out = ~np.isnan(value) & (square * self.features >= square.sum(axis=1, keepdims=True))  # (K, F)
-        threshold, expected = judged.step.threshold[at, None], judged.forecast.expected[at]
+        threshold, expected, instead = judged.step.threshold[at, None], some.expected, completion[rows]
+        if self.model.reads_point:  # what was flagged must not colour what stands for it
+            own = context.take(at)
+            again = self.model.assess(replace(own, value=np.where(out, np.nan, own.value)))
+            expected, instead = again.completion, _within(again.completion, own.history)
         ratio = ratio_of(judged.score[at, None], threshold)
         near = ratio <= self.config.follow_ratio
         edge = expected + (value - expected) / ratio
@@ -398,10 +450,10 @@ class Group:
         shift = self.shift[slot]
         goes_on = (self.incidents.anomalies[slot] > 1)[:, None]
         with np.errstate(invalid="ignore"):
-            as_ever = np.abs(value - shift - expected) <= threshold * judged.forecast.spread[at]
+            as_ever = np.abs(value - shift - expected) <= some.half_width(threshold)
         parallel = goes_on & ~near & as_ever
         self.shift[slot] = np.where(out & ~parallel, value - expected, shift)
-        instead = np.where(near, edge, np.where(parallel, value - shift, completion[rows]))
+        instead = np.where(near, edge, np.where(parallel, value - shift, instead))
         seen[rows] = np.where(out, instead, seen[rows])
         learn[rows] &= ~out
 
@@ -410,26 +462,26 @@ class Group:
         wave: _Steps,
         which: Int64Array,
         value: Float64Array,
-        forecast: Forecast,
+        assessment: Assessment,
         completed: Int64Array,
         output: _Output,
     ) -> tuple[Judged, BoolArray]:
         """Score, threshold and incident of the points `which` of a wave; says which of them are anomalous."""
         slot, time = wave.slot[which], wave.timestamp_ms[which]
         rule, table = self.rule[slot], self.table
-        error = residual(value, forecast)  # (K, F), 0 where it is not scored
+        error = np.where(np.isnan(value), 0.0, assessment.error)  # (K, F)
         direction = table.direction[rule][:, None]
         error = np.where(direction == 0, np.abs(error), np.maximum(direction * error, 0.0))
-        norm = error[:, 0] if self.features == 1 else np.sqrt((error * error).sum(axis=1))
-        # No more digits than the forecast has.
-        score = np.minimum(norm, _SCORE_MAX).astype(np.float32).astype(np.float64)
+        # No more digits than the network has.
+        score = np.minimum(norm(error), _SCORE_MAX).astype(np.float32).astype(np.float64)
         first = self.first_score_ms[slot]
         if (unset := first == NEVER).any():
             self.first_score_ms[slot[unset]] = time[unset]
             first = self.first_score_ms[slot]
+            self._calibrate(slot[unset])  # not before: of ten thousand restored series none needs it
         step = self.threshold.step(slot, score, time - first >= table.warmup_ms[rule])
         self.counts.scored += len(which)
-        judged = Judged(slot, time, value, forecast, error, score, step, completed)
+        judged = Judged(slot, time, value, assessment, error, score, step, completed)
         anomaly = step.outcome == Outcome.ANOMALY
         if anomaly.any():
             anomaly &= self._deviates(judged, direction, rule)
@@ -453,9 +505,18 @@ class Group:
             output.said.append((int(slot[i]), said))
         return judged, anomaly
 
+    def _calibrate(self, slot: Int32Array) -> None:
+        """Give series the thresholds that their models bring."""
+        if not self.served.calibrations:
+            return
+        member = np.zeros(len(slot), np.int64) if self.member is None else self.member[slot]
+        for one in np.unique(member).tolist():
+            if len(scores := self.served.calibrations[one]):
+                self.threshold.calibrate(slot[member == one], scores)
+
     def _deviates(self, judged: Judged, direction: Int64Array, rule: Int64Array) -> BoolArray:
         """Say of each point whether one of its values lies as far from what was expected as the rule asks, (K,)."""
-        expected, table = judged.forecast.expected, self.table
+        expected, table = judged.assessment.expected, self.table
         with np.errstate(invalid="ignore"):
             deviation = judged.value - expected  # NaN compares as False: what was not scored does not deviate
             deviation = np.where(direction == 0, np.abs(deviation), direction * deviation)
@@ -526,6 +587,7 @@ class Group:
         if (plain := ~revise).any():
             slot, cell, value = wave.slot[plain], wave.cell[plain], wave.value[plain]
             self.windows.fill(slot, cell, value)
+            self._forget_ahead(slot)
             for i in np.flatnonzero(self.corrects[slot]).tolist():  # to be filled in again should the series go back
                 fill = (int(self.windows.newest[slot[i]]), int(cell[i]), float(value[i, 0]))
                 self.fills.setdefault(int(slot[i]), []).append(fill)
@@ -536,6 +598,11 @@ class Group:
             same = (self.windows.actual[wave.slot, position] == self._relative(wave)).all(axis=1)
             if not same.all():
                 self._revise(wave.take(~same), result)
+
+    def _forget_ahead(self, slot: Int32Array) -> None:
+        """Windows have changed: what was said of their next points came from others."""
+        if self.ahead is not None:
+            self.ahead[slot] = np.nan
 
     def _relative(self, wave: _Steps) -> Float64Array:
         relative: Float64Array = (wave.value - self.windows.origin[wave.slot]).astype(np.float32)
@@ -563,7 +630,9 @@ class Group:
     def _copy_rows(self, source: Int32Array, target: Int32Array) -> None:
         for part in (self.windows, self.threshold, self.incidents):
             part.copy_rows(source, target)
-        self.first_score_ms[target], self.shift[target] = self.first_score_ms[source], self.shift[source]
+        for array in (self.first_score_ms, self.shift, self.ahead):
+            if array is not None:
+                array[target] = array[source]
 
     def _revise(self, wave: _Steps, result: Result) -> None:
         """Go back to before the cells of late points, take them in, and go through what came since once more."""
@@ -589,7 +658,9 @@ class Group:
             for row_, at_cell in zip(at.tolist(), cell.tolist(), strict=True):
                 for after, filled, what in self.fills.get(row_, ()):
                     if after == at_cell:
-                        self.windows.fill(np.array([row_], np.int32), np.array([filled]), np.array([[what]]))
+                        one = np.array([row_], np.int32)
+                        self.windows.fill(one, np.array([filled]), np.array([[what]]))
+                        self._forget_ahead(one)
         for name, count in before.items():  # what was counted is counted
             setattr(self.counts, name, count)
         self.counts.revised += len(slot)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from models.base import Forecast
+from models.base import Assessment
 from models.pot import Health, Step
 from stream.columns import Float64Array, Int32Array, Int64Array
 from stream.events import (
@@ -36,13 +36,13 @@ _SHARE_MIN, _FEATURES_MAX = 0.05, 5  # of an entity's features an event names th
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Points of a wave, (K,), with what was expected of them and how they were judged."""
+    """Points of a wave, (K,), with what their model says of them and how they were judged."""
 
     slot: Int32Array
     timestamp_ms: Int64Array
     value: Float64Array  # (K, F), NaN where it was not scored
-    forecast: Forecast
-    error: Float64Array  # (K, F), what counts of the residual
+    assessment: Assessment
+    error: Float64Array  # (K, F), >= 0, what counts of the model's
     score: Float64Array
     step: Step
     completed: Int64Array  # cells of the window that hold no value that arrived
@@ -74,7 +74,7 @@ def anomaly_event(
         action: what became of the incident by it.
         incidents: of all series of the group.
         name: of the series.
-        served: the model that forecast it.
+        served: its model.
         rule: that the series falls under.
         health: of its threshold.
         source: CloudEvents source.
@@ -126,8 +126,9 @@ def anomaly_event(
 
 def _band(point: Judged, i: int, feature: int) -> dict[str, float]:
     """Return what was expected of a value, and the band around it that is normal."""
-    expected = float(point.forecast.expected[i, feature])
-    width = float(point.step.threshold[i]) * float(point.forecast.spread[i, feature])
+    one = point.assessment.take(slice(i, i + 1))
+    expected = float(one.expected[0, feature])
+    width = float(one.half_width(point.step.threshold[i : i + 1, None])[0, feature])
     return {
         "expected": rounded_to(width, expected),
         "lower": rounded_to(width, expected - width),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-from models.base import Forecaster
+from models.base import Model
 from models.pot import PotConfig, Prior
 from stream.columns import BoolArray, Float64Array, Int32Array, Int64Array
 from stream.events import Event
@@ -29,10 +30,12 @@ class Served:
     """A model as the core uses it."""
 
     ref: str  # NAME@VERSION, said in events
-    model: Forecaster
+    model: Model
     metrics: tuple[str, ...] = ()  # names of its features, in order; empty for a model of one
-    calibration: Float64Array | None = None  # scores of held-out normal points of the very series that it is for
+    # Scores of held-out normal points of the very series that it is for, or of each member of a stack; or none.
+    calibrations: tuple[Float64Array, ...] = ()
     prior: Prior | None = None  # tail of the scores of series like those it is for, until a series has its own
+    members: Mapping[str, int] = field(default_factory=dict)  # of a stack: which weights are those of a series
 
 
 @dataclass(slots=True)
@@ -67,13 +70,15 @@ class Counts:
 class Scores:
     """One row a cell that was passed: what came, what was expected, how it was judged. NaN is "none".
 
-    An entity has no single value and expected value: they are NaN.
+    An entity has no single value, expected value and band: they are NaN.
     """
 
     slot: Int32Array
     timestamp_ms: Int64Array
     value: Float64Array
     expected: Float64Array
+    lower: Float64Array  # the band that is normal
+    upper: Float64Array
     score: Float64Array
     threshold: Float64Array
     probability: Float64Array

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import SecretStr
 
-from models import checkpoint as repository
+from models import repository
 from models.checkpoint import Checkpoint
 from models.pot import PotConfig, Prior
 from stream.detector import Detector
@@ -140,14 +140,15 @@ def served(checkpoint: Checkpoint, pot: PotConfig) -> Served:
         raise CheckpointError(
             f"{checkpoint.ref} takes {features} features and names {len(metrics)} metrics: train it anew with --entity"
         )
-    scores = np.asarray(checkpoint.calibration, np.float64)
-    own = checkpoint.calibrated
+    scores = [np.asarray(one, np.float64) for one in checkpoint.calibrations]
+    own, some = checkpoint.calibrated, sum(map(len, scores)) > 0
     return Served(
         checkpoint.ref,
         checkpoint.model,
         checkpoint.metrics,
-        calibration=scores if own else None,
-        prior=Prior.fit(scores, pot) if len(scores) and not own else None,
+        calibrations=tuple(scores) if own else (),
+        prior=Prior.fit(np.concatenate(scores), pot) if some and not own else None,
+        members={name: at for at, name in enumerate(checkpoint.members)},
     )
 
 

@@ -121,6 +121,11 @@ class Windows:
         self.newest[slot] = cell
         self.filled[slot] = np.minimum(self.filled[slot] + 1, self.window)
 
+    def kept(self, slot: Int32Array, value: Float64Array) -> Float64Array:
+        """Return values, (K, F), as the windows would give them back."""
+        origin = self.origin[slot]
+        return (value - origin).astype(np.float32) + origin
+
     def inside(self, slot: Int32Array, cell: Int64Array) -> BoolArray:
         """Say of each cell whether the window holds it, (K,)."""
         behind = self.newest[slot] - cell

@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from hypothesis import strategies as st
 
-from models.base import Float64, Forecast, Forecaster
+from models.base import Assessment, Context, Float64, Model, residual
 from models.pot import PotConfig
 from stream import events, snapshot
 from stream.columns import BoolArray, Columns, Float64Array, Int64Array
@@ -36,25 +36,69 @@ class Persistence:
     window: int = 9
     features: int = 1
     family: str = "persistence"
+    reads_point: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
+    parameters: ClassVar[int] = 0
+
+    @property
+    def history(self) -> int:
+        return self.window
 
     @property
     def neutral(self) -> Float64:
         return np.arange(float(self.features))
 
-    def forecast(
-        self, history: Float64, usual_step: Float64 | None = None, learned: BoolArray | None = None
-    ) -> Forecast:
-        assert history.shape[1:] == (self.window, self.features)
+    def assess(self, context: Context) -> Assessment:
+        expected, spread = self.expected(context), self.spread(context)
+        return Assessment(expected, spread, residual(context.value, expected, spread), expected)
+
+    def expected(self, context: Context) -> Float64:
+        last: Float64 = context.history[:, -1].copy()
+        return last
+
+    def spread(self, context: Context) -> Float64:
+        history = context.history
+        assert history.shape[1:] == (self.history, self.features)
         assert np.isfinite(history).all(), "the window of a model has no holes"
         spread = history.max(axis=1) - history.min(axis=1)
-        if usual_step is not None:
-            assert usual_step.shape == spread.shape
-            spread = spread + np.nan_to_num(usual_step)
-        if learned is not None:
-            assert learned.shape == history.shape
-            spread = spread * (1 + learned.sum(axis=1) / 8)
+        assert context.usual_step.shape == spread.shape
+        assert context.learned.shape == history.shape
+        assert context.time_ms.shape == (len(history),)
+        spread = (spread + np.nan_to_num(context.usual_step)) * (1 + context.learned.sum(axis=1) / 8)
         floor = np.maximum(np.abs(history).max(axis=1) * 2.0**-20, 1e-100)
-        return Forecast(history[:, -1].copy(), np.maximum(spread, floor))
+        unit: Float64 = np.maximum(spread, floor)
+        return unit
+
+
+@dataclass(frozen=True)
+class Halfway(Persistence):
+    """Reads the point: expects what lies halfway between it and what was said at the one before, if that is known."""
+
+    family: str = "halfway"
+    reads_point: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = True
+
+    @property
+    def history(self) -> int:
+        return self.window - 1
+
+    def ahead(self, history: Float64) -> Float64:
+        ahead: Float64 = (3 * history[:, -1] + history[:, -2]) / 4
+        return ahead
+
+    def assess(self, context: Context) -> Assessment:
+        before, value = self.ahead(context.history), context.value
+        if context.ahead is not None:
+            kept = ~np.isnan(context.ahead)
+            np.testing.assert_array_equal(context.ahead[kept], before[kept])
+        missing = np.isnan(value)
+        point = np.where(missing, before, value)
+        expected, spread = (before + point) / 2, self.spread(context)
+        slack = np.where(context.time_ms % 7 == 0, 0.25, 0.0)[:, None] * np.ones_like(spread)
+        distance = np.abs(residual(value, expected, spread))
+        error = np.sign(point - expected) * np.sqrt(np.maximum(distance * distance - slack, 0.0))
+        ahead = np.where(missing, np.nan, (3 * point + context.history[:, -1]) / 4)
+        return Assessment(expected, spread, np.where(missing, 0.0, error), before, slack, ahead)
 
 
 @dataclass(frozen=True)
@@ -86,7 +130,7 @@ def config(
     max_alarms: int = 1000,
     min_observed: float = 0.2,
     follow_ratio: float = 3.0,
-    model: Forecaster | None = None,
+    model: Model | None = None,
     model_ref: str = MODEL,
     metrics: Sequence[str] = (),
     calibration: Float64Array | None = None,
@@ -98,13 +142,13 @@ def config(
     return Setup(
         DetectorConfig(pot, min_observed=min_observed, follow_ratio=follow_ratio),
         (Rule(policy=Policy(**asked)),),
-        (Served(model_ref, model or Persistence(), tuple(metrics), calibration),),
+        (Served(model_ref, model or Persistence(), tuple(metrics), _calibrations(calibration)),),
     )
 
 
 def detector(
     setup: Setup | None = None,
-    model: Forecaster | None = None,
+    model: Model | None = None,
     *,
     model_ref: str = "",
     calibration: Float64Array | None = None,
@@ -117,9 +161,13 @@ def detector(
         served,
         model=model or served.model,
         ref=model_ref or served.ref,
-        calibration=served.calibration if calibration is None else calibration,
+        calibrations=served.calibrations if calibration is None else _calibrations(calibration),
     )
     return Detector(setup.config, setup.rules, (served,))
+
+
+def _calibrations(scores: Float64Array | None) -> tuple[Float64Array, ...]:
+    return () if scores is None else (scores,)
 
 
 def columns(to: Detector, arrivals: Sequence[Record], first_row: int = 0) -> Columns:

@@ -1,6 +1,6 @@
 """The detector once more, a point at a time and a dict per series, in the order in which the design tells it.
 
-It shares the forecaster, the threshold (one row of its own for each series), the inference of the interval and the
+It shares the model, the threshold (one row of its own for each series), the inference of the interval and the
 encoding of events with the core, and nothing else. It is written for clarity: a late point that changes what was
 published takes a deep copy of the state before its cell, and goes through the cells from there once more.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from models.base import Assessment, Context
 from models.pot import Health, Outcome, Spot
 from stream import grid
 from stream.detector import Counts, DetectorConfig, Served
@@ -46,6 +47,17 @@ class Incident:
     anomalies: int = 0
     last: int = 0
     peak: tuple[float, int, float | None] = (0.0, 0, None)  # ratio, time, value
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the model says of a cell, a feature each."""
+
+    expected: list[float]
+    error: list[float]
+    completion: list[float]  # no further than the window has been
+    assessment: Assessment
+    context: Context
 
 
 @dataclass
@@ -119,7 +131,7 @@ class Series:
 
     @property
     def window(self) -> int:
-        return self.served.model.window
+        return self.served.model.history
 
     @property
     def features(self) -> int:
@@ -188,8 +200,6 @@ class Reference:
             one.probing = one.waits or not one.interval
             spot.set_drift(ROW, policy.drift)
             spot.set_risk(ROW, self._risk(one))
-            if served.calibration is not None:
-                spot.calibrate(ROW, served.calibration)
             return one
         return None
 
@@ -421,20 +431,20 @@ class Reference:
     def _step(self, one: Series, cell: int, what: Input | None, counts: Counts) -> list[Statement]:
         memory, features = one.memory, range(one.features)
         values = {} if what is None else what.values
-        forecast = self._forecast(one, cell)
+        said = self._assess(one, cell, values)
         statements: list[Statement] = []
         replaced: dict[int, float] = {}  # feature -> what the model is to see in its place
-        if forecast is not None and what is not None:
-            statements, replaced = self._judge(one, cell, what.time, values, forecast, counts)
-        counts.completed += forecast is not None and len(values) < one.features
+        if said is not None and what is not None:
+            statements, replaced = self._judge(one, cell, what.time, values, said, counts)
+        counts.completed += said is not None and len(values) < one.features
         seen: list[np.float32] = []
         for f in features:
             if f in values and f not in replaced:
                 seen.append(np.float32(values[f] - memory.origin[f]))
             elif f in replaced:
                 seen.append(np.float32(replaced[f] - memory.origin[f]))
-            elif forecast is not None:
-                seen.append(np.float32(forecast[2][f] - memory.origin[f]))
+            elif said is not None:
+                seen.append(np.float32(said.completion[f] - memory.origin[f]))
             else:
                 seen.append(memory.seen[cell - 1][f] if cell > memory.begin else np.float32(0))
         learned = [f in values and f not in replaced for f in features]
@@ -448,20 +458,32 @@ class Reference:
         memory.newest = cell
         return statements
 
-    def _forecast(self, one: Series, cell: int) -> tuple[list[float], list[float], list[float]] | None:
-        """Expected values, spreads and what completes the cell: no further than the window has been."""
-        memory, features = one.memory, range(one.features)
+    def _assess(self, one: Series, cell: int, values: Mapping[int, float]) -> Said | None:
+        """What the model says of a cell; it is never told what it said before."""
+        memory, features, model = one.memory, range(one.features), one.served.model
         if cell - memory.begin < one.window:
             return None
+        assert one.phase is not None
         cells = range(cell - one.window, cell)
         history = [[float(memory.seen[c][f]) + memory.origin[f] for f in features] for c in cells]
-        usual = [memory.step_mean[f] if memory.steps[f] >= STEPS_MIN else math.nan for f in features]
-        learned = [memory.learned[c] for c in cells]
-        forecast = one.served.model.forecast(np.array([history]), np.array([usual]), np.array([learned]))
-        expected, spread = forecast.expected[0].tolist(), forecast.spread[0].tolist()
+        point = [values.get(f, math.nan) for f in features]
+        if model.reads_point:
+            point = [float(np.float32(x - memory.origin[f])) + memory.origin[f] for f, x in enumerate(point)]
+        context = Context(
+            np.array([history]),
+            np.array([[memory.learned[c] for c in cells]]),
+            np.array([point]),
+            np.array([one.phase + cell * one.interval]),
+            np.array([[memory.step_mean[f] if memory.steps[f] >= STEPS_MIN else math.nan for f in features]]),
+            member=np.array([one.served.members[one.name]]) if one.served.members else None,
+        )
+        assessment = model.assess(context)
         columns = list(zip(*history, strict=True))
-        completion = [min(max(expected[f], min(columns[f])), max(columns[f])) for f in features]
-        return expected, spread, completion
+        completion = [
+            min(max(x, min(column)), max(column))
+            for x, column in zip(assessment.completion[0].tolist(), columns, strict=True)
+        ]
+        return Said(assessment.expected[0].tolist(), assessment.error[0].tolist(), completion, assessment, context)
 
     def _judge(
         self,
@@ -469,10 +491,10 @@ class Reference:
         cell: int,
         time: int,
         values: dict[int, float],
-        forecast: tuple[list[float], list[float], list[float]],
+        said: Said,
         counts: Counts,
     ) -> tuple[list[Statement], dict[int, float]]:
-        memory, policy, (expected, spread, completion) = one.memory, one.policy, forecast
+        memory, policy, expected, completion = one.memory, one.policy, said.expected, said.completion
         before = range(cell - one.window, cell)
 
         def enough(cells: int) -> bool:
@@ -486,13 +508,15 @@ class Reference:
         ]
         if not scored:
             return [], {}
-        residual = {f: max(min((values[f] - expected[f]) / spread[f], 1e150), -1e150) for f in scored}
+        residual = {f: said.error[f] for f in scored}
         if policy.direction:
             residual = {f: max(r * policy.direction, 0.0) for f, r in residual.items()}
         norm = abs(residual[0]) if one.features == 1 else math.sqrt(math.fsum(r * r for r in residual.values()))
         score = float(np.float32(min(norm, 1e30)))
         if memory.first_score is None:
             memory.first_score = time
+            if one.served.calibrations:
+                memory.spot.calibrate(ROW, one.served.calibrations[one.served.members.get(one.name, 0)])
         may_start = time - memory.first_score >= policy.warmup_ms
         step = memory.spot.step(ROW, np.array([score]), np.array([may_start]))
         counts.scored += 1
@@ -507,6 +531,7 @@ class Reference:
         )
         anomalous = outcome == Outcome.ANOMALY and deviates
         threshold, p = float(step.threshold[0]), float(step.probability[0])
+        half = said.assessment.half_width(np.array([[threshold]]))[0].tolist()
         ratio = min(score / max(threshold, 1e-300), 1e9)
         q = self._risk(one)
         severity = 0 if not anomalous else 3 if p <= q / 100 else 2 if p <= q / 10 else 1
@@ -532,20 +557,27 @@ class Reference:
         if flagged:
             near = ratio <= self.config.follow_ratio
             goes_on = memory.incident is not None and memory.incident.anomalies > 1
-            for f in scored:
-                if share[f] < 1 / one.features:
-                    continue
+            out = [f for f in scored if share[f] >= 1 / one.features]
+            normal = expected
+            if one.served.model.reads_point:  # once more, without what was flagged
+                masked = said.context.value.copy()
+                masked[0, out] = math.nan
+                again = one.served.model.assess(replace(said.context, value=masked)).completion[0].tolist()
+                history = said.context.history[0]
+                low, high = history.min(axis=0).tolist(), history.max(axis=0).tolist()
+                normal, completion = again, [min(max(x, low[f]), high[f]) for f, x in enumerate(again)]
+            for f in out:
                 unshifted = values[f] - memory.shift[f]
-                if not near and goes_on and abs(unshifted - expected[f]) <= threshold * spread[f]:
+                if not near and goes_on and abs(unshifted - normal[f]) <= half[f]:
                     replaced[f] = unshifted
                     continue
-                replaced[f] = expected[f] + (values[f] - expected[f]) / ratio if near else completion[f]
-                memory.shift[f] = values[f] - expected[f]
+                replaced[f] = normal[f] + (values[f] - normal[f]) / ratio if near else completion[f]
+                memory.shift[f] = values[f] - normal[f]
         if incident is None or kind in ("", "accepted unknown"):
             return [], replaced
 
         def band(f: int) -> dict[str, float]:
-            width = threshold * spread[f]
+            width = half[f]
             return {
                 "value": values[f],
                 "expected": like(width, expected[f]),
@@ -565,7 +597,7 @@ class Reference:
             "threshold": six(threshold),
             "ratio": six(ratio),
             "probability": six(max(p, 1e-12)),
-            "window": {"cells": one.window, "completed": completed},
+            "window": {"cells": one.served.model.window, "completed": completed},
         }
         if one.features == 1:
             data |= band(0)

@@ -139,7 +139,7 @@ def train(
     Prints where it lies: TOCSIN_CHECKPOINTS/NAME/VERSION. With --entity, one model takes all metrics of an entity; the
     files need the same columns.
     """
-    from models import checkpoint as repository
+    from models import repository
     from models.errors import CheckpointError
     from stream import backtest as core
     from stream import csvfile

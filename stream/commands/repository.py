@@ -27,8 +27,9 @@ def import_model(
     ] = None,
 ) -> None:
     """Bring a DeepAnT that was trained elsewhere into the repository."""
-    from models import checkpoint as repository
+    from models import repository
     from models.deepant import DeepAnTConfig
+    from models.importing import import_state_dict
 
     settings = settings_with()
     if (center is None) != (scale is None):
@@ -36,7 +37,7 @@ def import_model(
     config = DeepAnTConfig(window=window, scaling="window" if center is None else "train")
     try:
         repository.check_name(name)
-        bundle = repository.import_state_dict(
+        bundle = import_state_dict(
             file, config, None if center is None else [center], None if scale is None else [scale]
         )
     except CheckpointError as e:  # what the arguments name is not fit
@@ -47,7 +48,7 @@ def import_model(
 @app.command("list", epilog=EPILOG)
 def list_models(as_json: Json = False) -> None:
     """List the checkpoints and their versions."""
-    from models import checkpoint as repository
+    from models import repository
     from stream.service import roots
 
     where = roots(settings_with())
@@ -63,12 +64,12 @@ def show_model(
     as_json: Json = False,
 ) -> None:
     """Show a checkpoint's card: what it was trained on and how well; --json prints its config.json as one line."""
-    from models import checkpoint as repository
+    from models import checkpoint
     from stream.service import load_checkpoint
 
     chosen = load_checkpoint(settings_with(), ref)
     if as_json:
-        config = json.loads((chosen.path / repository.CONFIG).read_text())
+        config = json.loads((chosen.path / checkpoint.CONFIG).read_text())
         typer.echo(json.dumps({"name": chosen.name, "version": chosen.version} | config))
     else:
-        typer.echo(f"{chosen.path}\n\n{(chosen.path / repository.CARD).read_text().strip()}")
+        typer.echo(f"{chosen.path}\n\n{(chosen.path / checkpoint.CARD).read_text().strip()}")

@@ -23,14 +23,16 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 
 import confluent_kafka
 import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, OffsetAndMetadata, TopicPartition
 
-from models import checkpoint as repository
+from models import repository
 from models.batching import run_padded
 from models.checkpoint import Checkpoint
+from models.deepant import DeepAnT, forward
 from stream.columns import Columns, Int64Array
 from stream.detector import Detector, Result, Served
 from stream.kafka import client_options, points_consumer, transactional_producer
@@ -78,9 +80,9 @@ class Bench:
 
     def detector(self) -> Detector:
         # The scores of the checkpoint's own held-out windows stand in for those of each KPI: thresholds are at work.
-        calibration = np.asarray(self.checkpoint.calibration, np.float64)
+        calibrations = tuple(np.asarray(one, np.float64) for one in self.checkpoint.calibrations)
         settings = load_settings({})
-        one = Served(self.checkpoint.ref, self.checkpoint.model, calibration=calibration)
+        one = Served(self.checkpoint.ref, self.checkpoint.model, calibrations=calibrations)
         return TimedDetector(settings.detector(), [Rule(policy=settings.policy())], [one])
 
     # -- without servers ------------------------------------------------------------------------------------------
@@ -90,10 +92,11 @@ class Bench:
         model = self.checkpoint.model
         rng = np.random.default_rng(1)
         x = rng.normal(0, 1, (self.load.kpis, self.window, 1)).astype(np.float32)
-        run_padded(model.served, x, chunk=model.chunk)
+        assert isinstance(model, DeepAnT)
+        run_padded(partial(forward, model.packed), [x], chunk=model.chunk)
         began = time.perf_counter()
         for _ in range(self.steps - self.warm):
-            run_padded(model.served, x, chunk=model.chunk)
+            run_padded(partial(forward, model.packed), [x], chunk=model.chunk)
         return (time.perf_counter() - began) / self.points
 
     def core(self) -> tuple[float, int]:

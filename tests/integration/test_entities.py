@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from models import checkpoint as repository
+from models import repository
 from models.deepant import DeepAnTConfig
 from models.train import TrainConfig, train
 from models.windows import TrainSeries

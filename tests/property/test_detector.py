@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from models.base import Forecaster
+from models.base import Model
 from models.deepant import DeepAnT, DeepAnTConfig, Network
 from stream.detector import Counts, Served
 from stream.policy import Policy
@@ -40,14 +40,14 @@ quick = settings(max_examples=25, deadline=None, derandomize=True)
 def tiny_network() -> DeepAnT:
     torch.manual_seed(1)
     shape = DeepAnTConfig(window=10, filters=4, hidden=8, scaling="window")
-    return DeepAnT(shape, Network(shape))
+    return DeepAnT(shape, Network(shape).state_dict())
 
 
 PERSISTENCE, DEEPANT = Persistence(), tiny_network()
 SERVED = (
     Served("persistence@1", PERSISTENCE),
     Served("persistence@2", Persistence(window=14)),
-    Served("calibrated@1", PERSISTENCE, calibration=np.random.default_rng(0).exponential(0.3, 300)),
+    Served("calibrated@1", PERSISTENCE, calibrations=(np.random.default_rng(0).exponential(0.3, 300),)),
 )
 cheap = setups(st.sampled_from(SERVED))
 any_setup = setups(st.sampled_from([*SERVED, Served("deepant@1", DEEPANT)]))
@@ -159,7 +159,7 @@ def test_the_unit_changes_no_decision(setup: Setup, stream: list[Arrival], facto
 
 @quick
 @given(policy=policies, model=models, stream=streams(), cuts=places)
-def test_every_point_is_counted_once(policy: Policy, model: Forecaster, stream: list[Arrival], cuts: set[int]) -> None:
+def test_every_point_is_counted_once(policy: Policy, model: Model, stream: list[Arrival], cuts: set[int]) -> None:
     # A correction goes through cells once more, and what waits is nowhere yet: without either all adds up.
     asked = dataclasses.asdict(dataclasses.replace(policy, lateness_ms=0, wait=False))
     live, rows, placed = config(model=model, **asked).detector(), 0, 0
@@ -230,7 +230,9 @@ def trained(factor: float, shift: float) -> DeepAnT:
     torch.manual_seed(2)
     shape = DeepAnTConfig(window=10, filters=4, hidden=8, scaling="train")
     constants = (np.array([10.0 * factor + shift]), np.array([factor]), np.array([factor]))
-    return DeepAnT(shape, Network(shape).eval(), *constants)
+    return DeepAnT(
+        shape, Network(shape).state_dict(), dict(zip(("center", "scale", "usual_step"), constants, strict=True))
+    )
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -246,7 +248,7 @@ def test_another_unit_and_zero_change_no_decision(seed: int, factor: float, shif
     values[rng.integers(60, 200, 5)] += 40
     values[150:170] -= 80
     shift *= factor  # what is shifted further than its digits reach is another series
-    pairs: dict[str, tuple[Forecaster, Forecaster]] = {
+    pairs: dict[str, tuple[Model, Model]] = {
         "persistence": (PERSISTENCE, PERSISTENCE),
         "window": (DEEPANT, DEEPANT),
         "train": (trained(1.0, 0.0), trained(factor, shift)),

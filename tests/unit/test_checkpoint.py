@@ -1,9 +1,7 @@
 import dataclasses
 import hashlib
 import json
-import pickle
 import struct
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,32 +10,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from models import checkpoint
-from models.checkpoint import (
-    CALIBRATION,
-    CARD,
-    CONFIG,
-    WEIGHTS,
-    Bundle,
-    Checkpoint,
-    Source,
-    Training,
-    bundled_root,
-    import_state_dict,
-    load,
-    names,
-    parse_ref,
-    save,
-    versions,
-)
+from models.checkpoint import CALIBRATION, CARD, CONFIG, WEIGHTS, Bundle, Checkpoint, Source, Training
 from models.deepant import DeepAnT, DeepAnTConfig, Network
-from models.errors import CheckpointError, ConfigError
+from models.errors import CheckpointError
+from models.repository import load, names, save
+from tests.contexts import context
+
+
+def network(config: DeepAnTConfig, seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return dict(Network(config).state_dict())
 
 
 def bundle(seed: int = 0, window: int = 10, features: int = 1, scaling: str = "train") -> Bundle:
-    torch.manual_seed(seed)
     config = DeepAnTConfig(window=window, features=features, scaling=scaling)  # type: ignore[arg-type]
     constants = (
         {"center": np.full(features, 0.1), "scale": np.full(features, 1 / 3), "usual_step": np.full(features, 0.7)}
@@ -53,7 +40,7 @@ def bundle(seed: int = 0, window: int = 10, features: int = 1, scaling: str = "t
         held_out_losses=(0.1, 0.2),
     )
     scores = np.random.default_rng(seed).exponential(size=50).astype(np.float32)
-    return Bundle(DeepAnT(config, Network(config), **constants), scores, 60_000, training)
+    return Bundle(DeepAnT(config, network(config, seed), constants), (scores,), 60_000, training)
 
 
 def history(window: int, features: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
@@ -77,13 +64,14 @@ def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path: Path, features: int, 
     assert loaded.calibrated is (scaling == "train")
     assert (loaded.interval_ms, loaded.training) == (60_000, saved.training)
     assert loaded.model.config == saved.model.config
-    np.testing.assert_array_equal(loaded.model.center, saved.model.center)
-    np.testing.assert_array_equal(loaded.model.scale, saved.model.scale)
-    np.testing.assert_array_equal(loaded.calibration, saved.calibration)
-    assert loaded.calibration.dtype == np.float32
-    x = history(14, features)
-    np.testing.assert_array_equal(loaded.model.forecast(x).expected, saved.model.forecast(x).expected)
-    np.testing.assert_array_equal(loaded.model.forecast(x).spread, saved.model.forecast(x).spread)
+    assert loaded.model.constants.keys() == saved.model.constants.keys()
+    for name, constant in saved.model.constants.items():
+        np.testing.assert_array_equal(loaded.model.constants[name], constant)
+    np.testing.assert_array_equal(loaded.calibrations, saved.calibrations)
+    assert loaded.calibrations[0].dtype == np.float32
+    x = context(history(14, features))
+    np.testing.assert_array_equal(loaded.model.assess(x).expected, saved.model.assess(x).expected)
+    np.testing.assert_array_equal(loaded.model.assess(x).spread, saved.model.assess(x).spread)
 
 
 def test_the_card_and_config_are_for_people_too(tmp_path: Path) -> None:
@@ -91,90 +79,8 @@ def test_the_card_and_config_are_for_people_too(tmp_path: Path) -> None:
     card = (path / CARD).read_text()
     assert "4,593 parameters" in card and "a.csv" in card and "ab" * 32 in card and "epoch 1 kept" in card
     config = json.loads((path / CONFIG).read_text())
-    assert config["scaling"] == {"center": [0.1], "scale": [1 / 3], "usual_step": [0.7]}
+    assert config["model"]["window"] == 10 and config["family"] == "deepant"
     assert config["sha256"][WEIGHTS] == hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()
-
-
-def test_versions_are_numbers_and_the_highest_is_taken(tmp_path: Path) -> None:
-    for seed in range(11):
-        save(tmp_path, "m", bundle(seed))
-    assert versions(tmp_path, "m") == list(range(1, 12))  # as text, 9 would come after 10 and 11
-    assert load(tmp_path, "m").ref == "m@11"
-    assert load(tmp_path, "m@9").training.seed == 8
-    (tmp_path / "m" / "3").rename(tmp_path / "elsewhere")
-    assert save(tmp_path, "m", bundle()).name == "12"  # a number is not used twice
-    with pytest.raises(CheckpointError, match=r"no checkpoint 'm@3' .* it has versions \[1, 2, 4"):
-        load(tmp_path, "m@3")
-
-
-def test_roots_are_searched_in_order(tmp_path: Path) -> None:
-    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
-    save(theirs, "both", bundle(1))
-    save(theirs, "both", bundle(2))
-    save(theirs, "other", bundle(3))
-    save(mine, "both", bundle(4))
-    roots = [mine, theirs, tmp_path / "absent"]
-    assert names(roots) == ["both", "other"]
-    assert load(roots, "both").training.seed == 4
-    assert load(roots, "both@2").training.seed == 2
-    assert load(roots, "other").training.seed == 3
-    assert versions(roots, "both") == [1]
-    with pytest.raises(CheckpointError, match="models here: both, other"):
-        load(roots, "third")
-
-
-def test_what_is_no_version_is_not_seen(tmp_path: Path) -> None:
-    save(tmp_path, "m", bundle())
-    for name in (".draft-7", "07", "v8", "9.old", "0"):
-        (tmp_path / "m" / name).mkdir()
-    (tmp_path / "m" / "10").write_text("a file")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "README.md").write_text("a file")
-    assert versions(tmp_path, "m") == [1]
-    assert names(tmp_path) == ["m"]
-    assert names(tmp_path / "absent") == [] and versions(tmp_path / "absent", "m") == []
-
-
-def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, content: bytes) -> None:
-        path.write_bytes(content[:10])
-        if path.name == CONFIG:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        save(tmp_path, "m", bundle())
-    assert list((tmp_path / "m").iterdir()) == []
-
-
-def test_a_version_taken_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint._versions_in
-    first = save(tmp_path, "m", bundle(1))
-    answers = [list[int]()]  # once, the other writer's version is not seen yet
-    monkeypatch.setattr(checkpoint, "_versions_in", lambda home: answers.pop() if answers else real(home))
-    assert save(tmp_path, "m", bundle(2)).name == "2"
-    assert load(tmp_path, "m@1").path == first and load(tmp_path, "m@1").training.seed == 1
-
-
-@pytest.mark.parametrize(
-    "name", ["../m", "a/b", "", ".", "..", ".m", "-m", "M", "m\n", "é", "a" * 101, "m\x00", "/etc/passwd"]
-)
-def test_names_that_could_leave_the_root_are_refused(tmp_path: Path, name: str) -> None:
-    for act in (lambda: load(tmp_path, name), lambda: versions(tmp_path, name), lambda: save(tmp_path, name, bundle())):
-        with pytest.raises(CheckpointError, match="is not the name of a model"):
-            act()
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("ref", ["m@", "m@0", "m@01", "m@-1", "m@1.0", "m@latest", "m@1@2", "m@../2"])
-def test_references_that_are_none_are_refused(ref: str) -> None:
-    with pytest.raises(CheckpointError, match="is not a version"):
-        parse_ref(ref)
-
-
-def test_references() -> None:
-    assert parse_ref("a_b.c-9") == ("a_b.c-9", None)
-    assert parse_ref("m@12") == ("m", 12)
 
 
 def rewrite(path: Path, change: Callable[[dict[str, object]], None]) -> None:
@@ -207,14 +113,12 @@ def test_a_missing_file_is_named(tmp_path: Path, file: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format", 2, "format 2, and this program reads format 1"),
-        ("format", "1", "Expected `int`"),
+        ("format", 1, "format 1, and this program reads format 2"),
+        ("format", "2", "Expected `int`"),
         ("family", "lstm", "family 'lstm' is not known; known: deepant"),
         ("surprise", 1, "unknown field `surprise`"),
-        ("scaling", {"center": [0.0, 1.0], "scale": [1.0], "usual_step": None}, "center=.* must be 1 finite numbers"),
-        ("scaling", {"center": [0.0], "scale": [0.0], "usual_step": None}, "scale=.* must be above 0"),
-        ("scaling", {"center": [None], "scale": [1.0], "usual_step": None}, "Expected `float`"),
-        ("scaling", {"center": [0.0], "scale": [1.0], "usual_step": [-1.0]}, "usual_step=.* must be at least 0"),
+        ("model", {"window": 10.5}, "model: Expected `int`"),
+        ("members", ["a"], "conv1.weight is .* the config asks for"),
         ("interval_ms", 0, "interval_ms=0"),
         ("sha256", {}, "config.json says None"),
     ],
@@ -224,7 +128,7 @@ def test_another_config_is_refused(tmp_path: Path, key: str, value: object, mess
     rewrite(path, lambda config: config.update({key: value}))
     with pytest.raises(CheckpointError, match=message) as caught:
         load(tmp_path, "m")
-    assert str(caught.value).startswith(str(path / CONFIG)) or key == "sha256"
+    assert str(caught.value).startswith(str(path / CONFIG)) or key in ("sha256", "members")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"{}", b'{"format": 1}', b'{"format": 1, "family"'])
@@ -239,7 +143,7 @@ def test_a_config_that_is_none_is_refused(tmp_path: Path, content: bytes) -> Non
 def test_a_shape_that_the_weights_do_not_have_is_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
     path = save(tmp_path, "m", bundle())
     rewrite(path, lambda config: config["model"].update(wrong))  # type: ignore[attr-defined]
-    with pytest.raises(CheckpointError, match=r"window=45 is not|and the config asks for|must be 2 finite"):
+    with pytest.raises(CheckpointError, match=r"window=45 is not|and the config asks for"):
         load(tmp_path, "m")
 
 
@@ -252,9 +156,14 @@ def test_a_shape_that_the_weights_do_not_have_is_refused(tmp_path: Path, wrong: 
         (lambda w: w.update({"out.bias": w["out.bias"].double()}), "out.bias is torch.float64 and must be"),
         (lambda w: w["dense.bias"].__setitem__(3, float("nan")), "dense.bias holds numbers that are not finite"),
         (lambda w: w["conv1.weight"].__setitem__(3, float("inf")), "conv1.weight holds numbers that are not finite"),
+        (lambda w: w.update({"constants.center": torch.zeros(2).double()}), r"center is \(2,\), and 1 numbers"),
+        (lambda w: w.update({"constants.center": torch.zeros(1)}), r"constants.center is torch.float32 and must be"),
+        (lambda w: w["constants.center"].fill_(float("nan")), r"center=\[nan\] must be finite"),
+        (lambda w: w["constants.scale"].fill_(0), r"scale=\[0.0\] must be above 0"),
+        (lambda w: w["constants.usual_step"].fill_(-1), r"usual_step=\[-1.0\] must be at least 0"),
     ],
 )
-def test_other_weights_are_refused(tmp_path: Path, change: Callable[[dict[str, Tensor]], None], message: str) -> None:
+def test_other_tensors_are_refused(tmp_path: Path, change: Callable[[dict[str, Tensor]], None], message: str) -> None:
     path = save(tmp_path, "m", bundle())
     weights = load_file(path / WEIGHTS)
     change(weights)
@@ -307,141 +216,19 @@ def test_other_calibrations_are_refused(tmp_path: Path, tensors: dict[str, Tenso
 
 def test_an_empty_calibration_is_not_calibrated(tmp_path: Path) -> None:
     full = bundle()
-    save(tmp_path, "m", Bundle(full.model, np.empty(0, dtype=np.float32), None))
+    save(tmp_path, "m", Bundle(full.model, (np.empty(0, dtype=np.float32),), None))
     loaded = load(tmp_path, "m")
-    assert loaded.calibration.shape == (0,) and not loaded.calibrated and loaded.interval_ms is None
+    assert loaded.calibrations[0].shape == (0,) and not loaded.calibrated and loaded.interval_ms is None
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     whole = bundle()
     with pytest.raises(CheckpointError, match="calibration"):
-        save(tmp_path, "m", Bundle(whole.model, np.array([np.inf], dtype=np.float32), None))
-    whole.model.network.get_parameter("out.bias").fill_(float("nan"))
+        save(tmp_path, "m", Bundle(whole.model, (np.array([np.inf], dtype=np.float32),), None))
+    whole.model.raw["out.bias"].fill_(float("nan"))
     with pytest.raises(CheckpointError, match=r"m: out.bias holds numbers that are not finite"):
         save(tmp_path, "m", whole)
     assert names(tmp_path) == []
-
-
-def test_the_bundled_root_is_this_checkout() -> None:
-    assert bundled_root().name == "checkpoints" and bundled_root().is_dir()
-
-
-# --- import ----------------------------------------------------------------------------------------------------------
-
-
-class Published(nn.Module):
-    """The published module: its attribute names are the keys of its state dict."""
-
-    def __init__(self, flat: int = 32) -> None:
-        super().__init__()
-        self.convblock1 = nn.Sequential(nn.Conv1d(1, 32, 3), nn.ReLU(), nn.MaxPool1d(2))
-        self.convblock2 = nn.Sequential(nn.Conv1d(32, 32, 3), nn.ReLU(), nn.MaxPool1d(2))
-        self.flatten = nn.Flatten()
-        self.denseblock = nn.Sequential(nn.Linear(flat, 40), nn.ReLU(), nn.Dropout(0.25))
-        self.out = nn.Linear(40, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.flatten(self.convblock2(self.convblock1(x)))
-        forecast: Tensor = self.out(self.denseblock(h))
-        return forecast
-
-
-def published_file(tmp_path: Path, kind: str, network: nn.Module) -> Path:
-    state = network.state_dict()
-    lightning = OrderedDict((f"model.{name}", tensor) for name, tensor in state.items())
-    path = tmp_path / {"safetensors": "w.safetensors", "plain": "w.pt", "lightning": "w.ckpt"}[kind]
-    if kind == "safetensors":
-        save_file(dict(lightning), path)
-    else:
-        torch.save(state if kind == "plain" else {"epoch": 29, "state_dict": lightning, "callbacks": {}}, path)
-    return path
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "plain", "lightning"])
-@pytest.mark.parametrize("window", [10, 30])
-def test_a_published_state_dict_forecasts_as_it_did(tmp_path: Path, window: int, kind: str) -> None:
-    torch.manual_seed(5)
-    config = DeepAnTConfig(window=window)
-    network = Published(32 * config.pooled).eval()
-    path = published_file(tmp_path, kind, network)
-    low, high = 3.0, 47.0  # it was trained on min-max scaled values
-    imported = import_state_dict(path, config, [low], [high - low], interval_ms=300_000)
-    assert imported.model.parameters == sum(p.numel() for p in network.parameters()) == {10: 4593, 30: 10993}[window]
-    x = np.random.default_rng(0).uniform(low, high, size=(40, window, 1))
-    with torch.inference_mode():
-        unit = network(torch.tensor((x - low) / (high - low), dtype=torch.float32).transpose(1, 2)).numpy()
-    assert unit.std() > 1e-3
-    forecast = imported.model.forecast(x)
-    np.testing.assert_allclose((forecast.expected - low) / (high - low), unit, atol=1e-6)
-    assert (forecast.spread == high - low).all()
-    save(tmp_path, "published", imported)
-    loaded = load(tmp_path, "published")
-    np.testing.assert_array_equal(loaded.model.forecast(x).expected, forecast.expected)
-    assert loaded.training.sources[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert not loaded.calibrated
-
-
-def test_another_window_is_refused_with_both_shapes(tmp_path: Path) -> None:
-    path = published_file(tmp_path, "lightning", Published())
-    with pytest.raises(
-        CheckpointError, match=r"model.denseblock.0.weight is \(40, 32\) and the dense layer of window=30.* \(40, 192\)"
-    ):
-        import_state_dict(path, DeepAnTConfig(window=30))
-
-
-def test_scaling_of_another_size_is_refused(tmp_path: Path) -> None:
-    path = published_file(tmp_path, "plain", Published())
-    with pytest.raises(ConfigError, match="center="):
-        import_state_dict(path, DeepAnTConfig(window=10), [1.0, 2.0], [1.0])
-
-
-@pytest.mark.parametrize("layers", [[nn.Linear(3, 3)], [nn.Linear(1, 1)] * 4, [nn.BatchNorm1d(3)] * 4])
-def test_another_network_is_refused(tmp_path: Path, layers: list[nn.Module]) -> None:
-    torch.save(nn.Sequential(*layers).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match=r"a DeepAnT has|and the conv1 layer"):
-        import_state_dict(tmp_path / "w.pt", DeepAnTConfig(window=10))
-
-
-def test_weights_that_are_not_finite_are_not_imported(tmp_path: Path) -> None:
-    network = Published()
-    nn.init.constant_(network.out.bias, float("inf"))
-    with pytest.raises(CheckpointError, match=r"out.bias holds numbers that are not finite"):
-        import_state_dict(published_file(tmp_path, "plain", network), DeepAnTConfig(window=10))
-
-
-class Code:
-    """Unpickling it makes a directory."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
-        import os
-
-        return os.mkdir, (self.target,)
-
-
-def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
-    target = tmp_path / "ran"
-    torch.save({"state_dict": Published().state_dict(), "extra": Code(str(target))}, tmp_path / "zip.ckpt")
-    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Code(str(target))))
-    for name in ("zip.ckpt", "raw.pt"):
-        with pytest.raises(CheckpointError, match="holds more than tensors, and is not run"):
-            import_state_dict(tmp_path / name, DeepAnTConfig(window=10))
-    assert not target.exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04broken"])
-@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=name):
-        import_state_dict(tmp_path / name, DeepAnTConfig(window=10))
-
-
-def test_a_file_that_is_absent_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"absent.pt: cannot be read: No such file"):
-        import_state_dict(tmp_path / "absent.pt", DeepAnTConfig(window=10))
 
 
 # -- names of the features ---------------------------------------------------------------------------------------------
@@ -505,3 +292,44 @@ def test_metrics_that_cannot_be_are_refused_at_both_ends(
 def test_a_kpi_s_model_has_no_metrics(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"metrics \['a'\] of a model of one feature"):
         save(tmp_path, "m", named(("a",), features=1))
+
+
+# -- stacks ------------------------------------------------------------------------------------------------------------
+
+
+def stack(names: tuple[str, ...] = ("checkout.p99", "Größe / m³")) -> Bundle:
+    ones = [bundle(seed) for seed in range(2)]
+    weights = {name: torch.stack([one.model.raw[name] for one in ones]) for name in ones[0].model.raw}
+    constants = {name: np.stack([one.model.constants[name] for one in ones]) for name in ones[0].model.constants}
+    model = DeepAnT(ones[0].model.config, weights, constants, stacked=True)
+    scores = (ones[0].calibrations[0], ones[1].calibrations[0][:30])
+    return dataclasses.replace(ones[0], model=model, calibrations=scores, members=names)
+
+
+def test_a_stack_is_loaded_to_the_last_bit(tmp_path: Path) -> None:
+    saved = stack()
+    loaded = load_back(tmp_path, saved)
+    assert loaded.members == ("checkout.p99", "Größe / m³") and loaded.calibrated and loaded.model.members == 2
+    assert [len(scores) for scores in loaded.calibrations] == [50, 30]
+    np.testing.assert_array_equal(loaded.calibrations[1], saved.calibrations[1])
+    x = context(history(10, 1), member=np.arange(20) % 2)
+    np.testing.assert_array_equal(loaded.model.assess(x).expected, saved.model.assess(x).expected)
+    assert "4,593 parameters, for 2 KPIs, each by weights of its own" in (loaded.path / CARD).read_text()
+
+
+def test_members_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="member 'a' is there twice"):
+        save(tmp_path, "m", stack(("a", "a")))
+    with pytest.raises(CheckpointError, match="3 members of a stack of 2"):
+        save(tmp_path, "m", stack(("a", "b", "c")))
+    with pytest.raises(CheckpointError, match="one vector of finite scores >= 0 of each model"):
+        save(tmp_path, "m", dataclasses.replace(stack(), calibrations=stack().calibrations[:1]))
+
+
+@pytest.mark.parametrize("counts", [[50, 31], [80], [-1, 81], [40, 40, 0]])
+def test_counts_that_do_not_add_up_are_refused(tmp_path: Path, counts: list[int]) -> None:
+    path = save(tmp_path, "m", stack())
+    save_file({"scores": torch.zeros(80), "counts": torch.tensor(counts)}, path / CALIBRATION)
+    rewrite(path, lambda config: None)
+    with pytest.raises(CheckpointError, match="counts of 2 members must add up to its 80 scores"):
+        load(tmp_path, "m")

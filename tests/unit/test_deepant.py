@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,17 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.base import Float64, Forecast, Forecaster, contributions, score
-from models.deepant import INPUT_LIMIT, DeepAnT, DeepAnTConfig, Network, local_spread, nearest_windows, normalise
+from models.base import Assessment, Float64, Model, contributions, residual, score
+from models.deepant import DeepAnT, DeepAnTConfig, Network, nearest_windows
 from models.errors import ConfigError
+from models.scaling import INPUT_LIMIT, local_spread, normalise
+from tests.contexts import context
 
 VALID = list(range(10, 131, 4))
 
 
 def model(window: int = 10, features: int = 1, scaling: str = "window", **constants: Float64) -> DeepAnT:
-    torch.manual_seed(window + features)
     config = DeepAnTConfig(window=window, features=features, scaling=scaling)  # type: ignore[arg-type]
-    return DeepAnT(config, Network(config), **constants)
+    return DeepAnT(config, network(config).state_dict(), constants)
+
+
+def network(config: DeepAnTConfig) -> Network:
+    torch.manual_seed(config.window + config.features)
+    return Network(config).eval()
 
 
 def plain(network: Network, pooled: int) -> nn.Sequential:
@@ -42,9 +50,7 @@ def plain(network: Network, pooled: int) -> nn.Sequential:
 def test_the_published_size_has_4593_parameters() -> None:
     served = model(window=10)
     assert served.parameters == 4593
-    assert sum(weight.numel() for weight in served.network.parameters()) == 4593
-    assert served.weights().keys() == served.config.shapes.keys()
-    assert {name: tuple(weight.shape) for name, weight in served.weights().items()} == served.config.shapes
+    assert {name: tuple(weight.shape) for name, weight in served.raw.items()} == served.config.shapes
 
 
 @pytest.mark.parametrize("features", [1, 3])
@@ -53,20 +59,19 @@ def test_served_network_equals_the_published_layers(window: int, features: int) 
     served = model(window, features, scaling="train", center=np.zeros(features), scale=np.ones(features))
     x = np.random.default_rng(0).normal(size=(50, window, features))
     with torch.inference_mode():
-        layers = plain(served.network, served.config.pooled)
+        layers = plain(network(served.config), served.config.pooled)
         expected = layers(torch.tensor(x, dtype=torch.float32).transpose(1, 2)).numpy()
-        trained = served.network(torch.tensor(x, dtype=torch.float32)).numpy()
+        trained = network(served.config)(torch.tensor(x, dtype=torch.float32)).numpy()
     assert expected.std() > 0.01
-    np.testing.assert_allclose(served.forecast(x).expected, expected, atol=1e-6)
+    np.testing.assert_allclose(served.assess(context(x)).expected, expected, atol=1e-6)
     np.testing.assert_allclose(trained, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", VALID)
 def test_the_newest_points_reach_the_forecast(window: int) -> None:
     # models.md, acceptance check 7: floor pooling would give the newest points a gradient of exactly 0.
-    network = model(window).network.requires_grad_(True)
     x = torch.randn(64, window, 1, requires_grad=True)
-    network(x).sum().backward()
+    network(DeepAnTConfig(window))(x).sum().backward()
     assert x.grad is not None
     reach = x.grad.abs().sum(dim=(0, 2))  # (W,)
     assert bool((reach > 0).all()), f"no influence: {torch.nonzero(reach == 0).flatten().tolist()}"
@@ -102,7 +107,7 @@ def test_other_configs_are_refused_by_name(wrong: dict[str, float]) -> None:
     ("center", "scale"), [([0.0, 0.0], [1.0]), ([0.0], [0.0]), ([0.0], [-1.0]), ([float("nan")], [1.0])]
 )
 def test_scaling_constants_are_checked(center: list[float], scale: list[float]) -> None:
-    with pytest.raises(ConfigError, match=r"center=|scale="):
+    with pytest.raises(ConfigError, match="^center|^scale="):
         model(scaling="train", center=np.array(center), scale=np.array(scale))
 
 
@@ -110,7 +115,7 @@ def test_train_scaling_uses_the_constants() -> None:
     unit = model(scaling="train", center=np.zeros(1), scale=np.ones(1))
     scaled = model(scaling="train", center=np.array([100.0]), scale=np.array([5.0]))
     x = np.random.default_rng(1).normal(size=(20, 10, 1))
-    a, b = unit.forecast(x), scaled.forecast(100 + 5 * x)
+    a, b = unit.assess(context(x)), scaled.assess(context(100 + 5 * x))
     np.testing.assert_allclose(b.expected, 100 + 5 * a.expected, rtol=1e-6)
     np.testing.assert_array_equal(b.spread, np.full((20, 1), 5.0))
 
@@ -119,7 +124,7 @@ def test_far_values_are_limited_under_train_scaling() -> None:
     served = model(scaling="train", center=np.zeros(1), scale=np.ones(1))
     x = np.zeros((2, 10, 1))
     x[0, 4], x[1, 4] = INPUT_LIMIT, 1e30
-    first, second = served.forecast(x).expected
+    first, second = served.assess(context(x)).expected
     assert first == second and np.isfinite(first)
 
 
@@ -130,15 +135,15 @@ def test_a_forecast_does_not_depend_on_the_batch(scaling: str, features: int) ->
     served = model(30, features, scaling, **constants)
     x = np.random.default_rng(2).normal(3, 2, size=(600, 30, features))
     steps = np.random.default_rng(3).exponential(size=(600, features))
-    whole = served.forecast(x, steps)
+    whole = served.assess(context(x, steps))
     for n in (1, 2, 3, 7, 8, 9, 31, 63, 64, 100, 255, 257, 599):
         for part in (slice(0, n), slice(600 - n, 600)):
-            some = served.forecast(x[part], steps[part])
+            some = served.assess(context(x[part], steps[part]))
             np.testing.assert_array_equal(some.expected, whole.expected[part])
             np.testing.assert_array_equal(some.spread, whole.spread[part])
     strided = np.asfortranarray(x)[::2]  # another memory layout
-    np.testing.assert_array_equal(served.forecast(strided, steps[::2]).expected, whole.expected[::2])
-    np.testing.assert_array_equal(served.forecast(strided, steps[::2]).spread, whole.spread[::2])
+    np.testing.assert_array_equal(served.assess(context(strided, steps[::2])).expected, whole.expected[::2])
+    np.testing.assert_array_equal(served.assess(context(strided, steps[::2])).spread, whole.spread[::2])
 
 
 @given(
@@ -151,7 +156,7 @@ def test_window_scaling_knows_no_unit(unit: float, shift: float, seed: int) -> N
     served = model(30)
     x = np.random.default_rng(seed).normal(size=(4, 30, 1))
     steps = np.array([[0.3], [2.0], [1e-2], [np.nan]])
-    a, b = served.forecast(x, steps), served.forecast((x + shift) * unit, steps * unit)
+    a, b = served.assess(context(x, steps)), served.assess(context((x + shift) * unit, steps * unit))
     np.testing.assert_allclose(b.expected / unit - shift, a.expected, atol=2e-5 * max(1, abs(shift) / 1e2))
     np.testing.assert_allclose(b.spread / unit, a.spread, rtol=1e-6)
 
@@ -167,19 +172,14 @@ def test_local_spread_is_the_root_of_window_and_usual_step() -> None:
     assert (spread > 0).all() and spread[1, 1] < 0.01
 
 
-def test_window_scaling_without_a_usual_step_scores_the_plain_error() -> None:
-    x = np.random.default_rng(0).normal(size=(5, 10, 1))
-    np.testing.assert_array_equal(model(10).forecast(x).spread, np.ones((5, 1)))
-
-
 @pytest.mark.parametrize("constant", [0.0, 1.0, -273.15, 1e-30, 1e30, -1e30, 0.1, 3e38])
 def test_a_flat_window_forecasts_its_value(constant: float) -> None:
     served = model(30)
-    forecast = served.forecast(np.full((3, 30, 1), constant), np.array([[0.0], [np.nan], [1.0]]))
+    point = np.full((3, 1), constant)
+    forecast = served.assess(context(np.full((3, 30, 1), constant), np.array([[0.0], [np.nan], [1.0]]), value=point))
     np.testing.assert_allclose(forecast.expected, constant, rtol=1e-5, atol=1e-90)
     assert np.isfinite(forecast.spread).all() and (forecast.spread > 0).all()
-    again = score(np.full((3, 1), constant), forecast)
-    assert np.isfinite(again).all()
+    assert np.isfinite(score(point, forecast)).all()
 
 
 def test_float32_dust_on_a_flat_window_is_not_blown_up() -> None:
@@ -192,31 +192,71 @@ def test_float32_dust_on_a_flat_window_is_not_blown_up() -> None:
 
 @pytest.mark.parametrize("shape", [(4, 30), (4, 26, 1), (4, 30, 2)])
 def test_other_histories_are_refused(shape: tuple[int, ...]) -> None:
+    plain = context(np.zeros((4, 30, 1)))
     with pytest.raises(ValueError, match=r"reads \(B, 30, 1\)"):
-        model(30).forecast(np.zeros(shape))
+        model(30).assess(replace(plain, history=np.zeros(shape)))
 
 
 def test_no_windows_give_no_forecasts() -> None:
-    forecast = model(10, 2).forecast(np.zeros((0, 10, 2)))
+    forecast = model(10, 2).assess(context(np.zeros((0, 10, 2))))
     assert forecast.expected.shape == forecast.spread.shape == (0, 2)
 
 
+def assessed(value: Float64, expected: Float64, spread: Float64) -> Assessment:
+    return Assessment(expected, spread, residual(value, expected, spread), expected)
+
+
 def test_score_is_the_norm_of_the_error_in_spreads() -> None:
-    forecast = Forecast(expected=np.array([[1.0, 2.0]] * 4), spread=np.array([[0.5, 2.0]] * 4))
     value = np.array([[2.5, 10.0], [1.0, 2.0], [np.nan, 10.0], [np.nan, np.nan]])
+    forecast = assessed(value, np.array([[1.0, 2.0]] * 4), np.array([[0.5, 2.0]] * 4))
     np.testing.assert_array_equal(score(value, forecast), [5.0, 0.0, 4.0, np.nan])
     shares = np.array([[9 / 25, 16 / 25], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    np.testing.assert_allclose(contributions(value, forecast), shares)
+    np.testing.assert_allclose(contributions(forecast.error), shares)
 
 
 @pytest.mark.parametrize("error", [1e-200, 1e-5, 1e200, 1e308])
 def test_score_and_shares_stay_finite(error: float) -> None:
-    forecast = Forecast(expected=np.zeros((1, 2)), spread=np.full((1, 2), 1e-100))
     value = np.array([[error, -error]])
+    forecast = assessed(value, np.zeros((1, 2)), np.full((1, 2), 1e-100))
     assert np.isfinite(score(value, forecast)).all()
-    np.testing.assert_allclose(contributions(value, forecast), [[0.5, 0.5]])
+    np.testing.assert_allclose(contributions(forecast.error), [[0.5, 0.5]])
 
 
-def test_the_model_is_a_forecaster() -> None:
-    served: Forecaster = model(14, 2)
-    assert (served.family, served.window, served.features) == ("deepant", 14, 2)
+def test_the_band_is_where_the_error_is_below_the_threshold() -> None:
+    slack = np.array([[0.0, 5.0], [-20.0, -1.0]])
+    said = Assessment(np.zeros((2, 2)), np.full((2, 2), 2.0), np.zeros((2, 2)), np.zeros((2, 2)), slack)
+    half = said.half_width(np.full((2, 1), 4.0))
+    np.testing.assert_allclose(half, [[8.0, 2 * np.sqrt(21)], [0.0, 2 * np.sqrt(15)]])
+    inside = half[half > 0]
+    np.testing.assert_allclose(np.sqrt(np.square(inside / 2) - slack[half > 0]), 4.0)
+
+
+def test_the_model_is_one() -> None:
+    served: Model = model(14, 2)
+    assert (served.family, served.window, served.history, served.features) == ("deepant", 14, 14, 2)
+    assert not served.reads_point and not served.looks_ahead
+
+
+@pytest.mark.parametrize("features", [1, 3])
+def test_a_stack_says_what_its_members_say(features: int) -> None:
+    ones = [
+        model(14, features, "train", center=np.full(features, k), scale=np.full(features, k + 1.0)) for k in range(3)
+    ]
+    for k, one in enumerate(ones):
+        one.raw["out.bias"] = one.raw["out.bias"] + k
+    ones = [DeepAnT(one.config, one.raw, one.constants) for one in ones]
+    weights = {name: torch.stack([one.raw[name] for one in ones]) for name in ones[0].raw}
+    constants = {name: np.stack([one.constants[name] for one in ones]) for name in ones[0].constants}
+    stack = DeepAnT(ones[0].config, weights, constants, stacked=True)
+    x = np.random.default_rng(0).normal(size=(500, 14, features))
+    member = np.random.default_rng(1).integers(0, 3, 500)
+    whole = stack.assess(context(x, member=member))
+    for k, one in enumerate(ones):
+        alone = one.assess(context(x[member == k]))
+        np.testing.assert_allclose(whole.expected[member == k], alone.expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(whole.spread[member == k], alone.spread)
+    assert stack.parameters == ones[0].parameters
+    for n in (1, 2, 3, 7, 8, 9, 31, 64, 100, 255, 257, 499):  # the same bits in any batch
+        for part in (slice(0, n), slice(500 - n, 500)):
+            some = stack.assess(context(x[part], member=member[part]))
+            np.testing.assert_array_equal(some.expected, whole.expected[part])

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.base import Float64, Forecast, Forecaster
+from models.base import Context, Float64, Model
 from models.deepant import DeepAnT, DeepAnTConfig, Network
 from models.pot import PotConfig
 from stream import events, snapshot
-from stream.columns import BoolArray, Columns
+from stream.columns import Columns
 from stream.detector import Detector
 from stream.policy import Policy, Rule
 from tests import helpers
@@ -29,7 +29,7 @@ def config(**changes: Any) -> Setup:
     return helpers.config(pot=CALM, **changes)
 
 
-def detector(setup: Setup | None = None, model: Forecaster | None = None, *, model_ref: str = MODEL) -> Detector:
+def detector(setup: Setup | None = None, model: Model | None = None, *, model_ref: str = MODEL) -> Detector:
     return helpers.detector(setup or config(), model, model_ref=model_ref)
 
 
@@ -344,11 +344,10 @@ def test_missing_cells_are_completed_by_the_forecast() -> None:
 class Runaway(Persistence):
     """Expects the last step once more, and more of it."""
 
-    def forecast(
-        self, history: Float64, usual_step: Float64 | None = None, learned: BoolArray | None = None
-    ) -> Forecast:
-        expected = history[:, -1] + 2 * (history[:, -1] - history[:, -2])
-        return Forecast(expected, super().forecast(history, usual_step, learned).spread)
+    def expected(self, context: Context) -> Float64:
+        history = context.history
+        last: Float64 = history[:, -1] + 2 * (history[:, -1] - history[:, -2])
+        return last
 
 
 def test_what_completes_a_gap_stays_within_the_window() -> None:
@@ -487,7 +486,7 @@ def test_the_real_network_tells_the_same_stories() -> None:
 
     torch.manual_seed(0)
     shape = DeepAnTConfig(window=10, filters=4, hidden=8, scaling="window")
-    model = DeepAnT(shape, Network(shape))
+    model = DeepAnT(shape, Network(shape).state_dict())
     points = [
         ("a", T0 + i * MINUTE, 3e9 + 1e6 * (math.sin(i / 30) + v / 10))
         for i, (_, _, v) in enumerate(normal_points(900))

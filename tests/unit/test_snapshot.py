@@ -765,7 +765,7 @@ def test_another_drift_begins_the_threshold_anew() -> None:
 
 SERVED = (
     *(Served(f"one-{window}@1", Persistence(window)) for window in (4, 9, 16)),
-    Served("other@1", Persistence(), calibration=np.random.default_rng(1).exponential(size=200)),
+    Served("other@1", Persistence(), calibrations=(np.random.default_rng(1).exponential(size=200),)),
     *(Served(f"three-{window}@1", Persistence(window, 3), ("cpu", "mem", "io")) for window in (4, 9, 16)),
 )
 any_setup = setups(st.sampled_from(SERVED))
