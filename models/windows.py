@@ -3,14 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from models.base import Bool, Float64
+from models.base import Bool, Float64, Int64
 from models.errors import ConfigError
 
-Int64 = NDArray[np.int64]
-
-LEAST_OBSERVED = 0.2  # share of a window that was observed: below it there is nothing to forecast from
+LEAST_OBSERVED = 0.2  # share of a window that was observed: below it there is nothing to learn from
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +24,8 @@ class TrainSeries:
     interval_ms: int  # grid step
     sha256: str = ""  # of the file that it was read from, for the record only
     metrics: tuple[str, ...] = ()  # names of an entity's features, in order; empty for a KPI
+    start_ms: int = 0  # time of the first point, ms since 1970
+    wanted: Bool | None = None  # (N,), points that may be learned to be normal, such as those of some hours; None: all
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.shape[1] < 1:
@@ -36,10 +35,27 @@ class TrainSeries:
                 f"series {self.name!r}: anomalous is {self.anomalous.shape} {self.anomalous.dtype}, "
                 f"and ({len(self.values)},) bool is needed"
             )
+        if self.wanted is not None and (self.wanted.shape != self.anomalous.shape or self.wanted.dtype != np.bool_):
+            raise ConfigError(
+                f"series {self.name!r}: wanted is {self.wanted.shape} {self.wanted.dtype}, "
+                f"and ({len(self.values)},) bool is needed"
+            )
         if np.isinf(self.values).any():
             raise ConfigError(f"series {self.name!r}: a value is infinite; write NaN where it is missing")
         if self.interval_ms < 1:
             raise ConfigError(f"series {self.name!r}: interval_ms={self.interval_ms} must be at least 1")
+
+    @property
+    def time_ms(self) -> Int64:
+        """Of every point, ms since 1970, (N,) int64."""
+        times: Int64 = self.start_ms + self.interval_ms * np.arange(len(self.values), dtype=np.int64)
+        return times
+
+    @property
+    def normal(self) -> Float64:
+        """The values without those that are labelled anomalous, (N, F); NaN where there is none."""
+        values: Float64 = np.where(self.anomalous[:, None], np.nan, self.values)
+        return values
 
 
 def complete(values: Float64, longest: int) -> Float64:
@@ -66,25 +82,34 @@ def complete(values: Float64, longest: int) -> Float64:
     return filled
 
 
-def usable_targets(series: TrainSeries, filled: Float64, window: int) -> Int64:
-    """Positions of the points that a forecast may be trained on or judged by, ascending.
+def usable_targets(series: TrainSeries, filled: Float64, history: int, *, clean: bool = True) -> Int64:
+    """Positions of the points that a model may be trained on or judged by, ascending.
 
-    The target itself was observed (one feature at least) and is not labelled anomalous; the `window` points before it
-    are complete in `filled`, hold no labelled anomaly, and a fifth of their values were observed.
+    The target itself was observed (one feature at least), is not labelled anomalous, and is wanted; the `history`
+    points before it are complete in `filled`, and a fifth of their values were observed and not labelled.
+
+    Args:
+        series: the points.
+        filled: their normal values, completed.
+        history: points before the target.
+        clean: no point before the target may be labelled either. A forecast is judged by its target alone, and would
+            learn to go on as an anomaly does; a reconstruction leaves those very points out of its loss.
     """
     n = len(series.values)
-    if n <= window:
+    if n <= history:
         return np.empty(0, dtype=np.int64)
-    count: Int64 = (~np.isnan(series.values)).sum(axis=1)  # (N,), values observed
-    missing: Bool = np.asarray(np.isnan(filled).any(axis=1))
+    count: Int64 = (~np.isnan(series.normal)).sum(axis=1)  # (N,), values observed
+    unusable: Bool = np.asarray(np.isnan(filled).any(axis=1))
+    if clean:
+        unusable = unusable | series.anomalous
 
-    def in_history(points: Bool | Int64) -> Int64:  # their sum, before target window, window + 1, ..., n - 1
+    def in_history(points: Bool | Int64) -> Int64:  # their sum, before target `history`, `history` + 1, ..., n - 1
         counts: Int64 = np.concatenate([[0], np.cumsum(points)])
-        return counts[window:n] - counts[: n - window]
+        return counts[history:n] - counts[: n - history]
 
-    clean = in_history(missing | series.anomalous) == 0
-    enough = in_history(count) >= LEAST_OBSERVED * window * series.values.shape[1]
-    return np.flatnonzero(clean & enough & ((count > 0) & ~series.anomalous)[window:]) + window
+    enough = in_history(count) >= LEAST_OBSERVED * history * series.values.shape[1]
+    target = count > 0 if series.wanted is None else (count > 0) & series.wanted
+    return np.flatnonzero((in_history(unusable) == 0) & enough & target[history:]) + history
 
 
 def usual_step(values: Float64) -> Float64:

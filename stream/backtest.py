@@ -164,6 +164,7 @@ def training_series(points: Points, interval_ms: int = 0, digests: dict[str, str
         interval = interval_ms or int(inferred[0])
         origin = int(time[0]) if interval_ms else int(phase[0])
         cell: Int64Array = (time - origin + interval // 2) // interval
+        start_ms = origin + int(cell[0]) * interval
         cell -= cell[0]
         width = max(len(metrics), 1)
         if cell[-1] >= CELLS_MAX // width:
@@ -176,7 +177,8 @@ def training_series(points: Points, interval_ms: int = 0, digests: dict[str, str
         values[cell, place[points.feature[own]]] = value
         anomalous = np.zeros(len(values), np.bool_)
         anomalous[cell[label == 1]] = True
-        series.append(TrainSeries(name, values, anomalous, interval, (digests or {}).get(name, ""), metrics))
+        digest = (digests or {}).get(name, "")
+        series.append(TrainSeries(name, values, anomalous, interval, digest, metrics, start_ms))
     return series
 
 

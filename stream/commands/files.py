@@ -224,15 +224,16 @@ def _train(
     epochs: int,
     command: str,
 ) -> Bundle:
-    from models.deepant import DeepAnTConfig
+    from models.families import family as family_of
     from models.train import EpochReport, TrainConfig
     from models.train import train as run_training
     from stream import render
 
-    assert family is Family.DEEPANT
+    chosen = family_of(family.value)
     kind = scaling.value if scaling is not Scaling.AUTO else ("train" if len(series) == 1 else "window")
-    config = TrainConfig(
-        model=DeepAnTConfig(window=window, features=series[0].values.shape[1], scaling=kind),  # type: ignore[arg-type]  # a Literal of the same words
+    config = TrainConfig.of(
+        chosen,
+        chosen.config(window=window, features=series[0].values.shape[1], scaling=kind),
         seed=seed,
         epochs=epochs,
         command=command,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from models import repository
-from models.deepant import DeepAnTConfig
+from models.deepant import FAMILY, DeepAnTConfig
 from models.train import TrainConfig, train
 from models.windows import TrainSeries
 from stream import backtest
@@ -78,7 +78,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     use_one_thread()
     root = tmp_path_factory.mktemp("checkpoints")
     values, _ = machine(2500, 0, anomalies=False)
-    config = TrainConfig(model=DeepAnTConfig(window=10, features=4), epochs=3)
+    config = TrainConfig.of(FAMILY, DeepAnTConfig(window=10, features=4), epochs=3)
     series = TrainSeries("m0", values, np.zeros(len(values), np.bool_), MINUTE, metrics=METRICS)
     repository.save(root, "servers", train([series], config))
     return root
@@ -197,7 +197,7 @@ def judge_machine(path: Path, epochs: int) -> Judged:
     metrics = tuple(f"m{i + 1}" for i in range(data["train"].shape[1]))
     halves = data["train"].astype(np.float64), data["test"].astype(np.float64)
     series = TrainSeries(path.stem, halves[0], np.zeros(len(halves[0]), np.bool_), MINUTE, metrics=metrics)
-    bundle = train([series], TrainConfig(model=DeepAnTConfig(features=len(metrics)), epochs=epochs))
+    bundle = train([series], TrainConfig.of(FAMILY, DeepAnTConfig(features=len(metrics)), epochs=epochs))
     detector = detector_factory(load_settings({}), checkpoint=backtest.trained_checkpoint(bundle))()
     n, width = halves[1].shape
     minute, feature = (axis.reshape(-1) for axis in np.indices((n, width)))
