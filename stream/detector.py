@@ -20,17 +20,18 @@ from stream.events import (
     SilenceData,
     iso_time,
     make_event,
+    shadowed,
     silence_id,
 )
 from stream.group import Group
+from stream.places import NOWHERE as UNWATCHED
+from stream.places import Places
 from stream.policy import PolicyTable, Rule
 from stream.results import Counts, DetectorConfig, Result, Served
 from stream.ruleset import RuleSet
 from stream.silence import Silence
 
 __all__ = ["Counts", "Detector", "DetectorConfig", "Result", "Served"]
-
-UNWATCHED = -1
 
 
 class Detector:
@@ -41,17 +42,28 @@ class Detector:
 
     Attributes:
         index: names and slots, shared with the decoder.
-        groups: series by model; a series is row `row_of[slot]` of group `group_of[slot]`, UNWATCHED of none.
+        places: series by model.
+        shadows: the same of the models that judge beside them; what they say goes to `Result.shadow`.
         counts: what has been done.
     """
 
-    def __init__(self, config: DetectorConfig, rules: Sequence[Rule], served: Sequence[Served | None]) -> None:
+    def __init__(
+        self,
+        config: DetectorConfig,
+        rules: Sequence[Rule],
+        served: Sequence[Served | None],
+        *,
+        shadows: Sequence[Served | None] = (),
+        general: Served | None = None,
+    ) -> None:
         """Make a detector without series.
 
         Args:
             config: what is the same for all series.
             rules: the first that matches a series is its own.
             served: the model of each rule; None for a rule that watches nothing. Equal ones share a group.
+            shadows: of each rule the model that judges beside the first, of the same features; None of one without.
+            general: judges the KPIs that the stack of their rule has no model for.
         """
         self.config = config
         self.rules = tuple(rules)
@@ -63,22 +75,26 @@ class Detector:
         self.counts = Counts()
         self.table = PolicyTable.of([rule.policy for rule in rules])
         self.silence = Silence()
-        self.groups: list[Group] = []
-        self._group_of_rule: list[int] = []
-        refs: dict[str, int] = {}
-        for one in served:
-            if one is None:
-                self._group_of_rule.append(UNWATCHED)
-                continue
-            if one.ref not in refs:
-                refs[one.ref] = len(self.groups)
-                self.groups.append(Group(config, one, self.rules, self.table, self.counts))
-            self._group_of_rule.append(refs[one.ref])
+        self.places = Places(config, self.rules, served, self.table, self.counts, general)
+        self.shadows = Places(config, self.rules, shadows or [None] * len(rules), self.table, Counts())
         self.index = SeriesIndex(metrics_of=self._metrics_of)
         self.rule_of: Int64Array = np.zeros(0, np.int64)
-        self.group_of: Int64Array = np.zeros(0, np.int64)
-        self.row_of: Int64Array = np.zeros(0, np.int64)
         self._known = 0  # series that have been given their places
+
+    @property
+    def groups(self) -> list[Group]:
+        """Series by model."""
+        return self.places.groups
+
+    @property
+    def group_of(self) -> Int64Array:
+        """Number of each slot's group, UNWATCHED of none."""
+        return self.places.group_of
+
+    @property
+    def row_of(self) -> Int64Array:
+        """Row of each slot in its group."""
+        return self.places.row_of
 
     # -- rules ------------------------------------------------------------------------------------------------------
 
@@ -100,20 +116,18 @@ class Detector:
             return
         if len(names) > len(self.rule_of):
             room = max(len(names), 2 * len(self.rule_of), 64)
-            for array in ("rule_of", "group_of", "row_of"):
-                setattr(self, array, grown(getattr(self, array), room, UNWATCHED))
-            self.silence.resize(room)
+            self.rule_of = grown(self.rule_of, room, UNWATCHED)
+            for part in (self.places, self.shadows, self.silence):
+                part.resize(room)
         new = np.arange(self._known, len(names))
         for slot in new.tolist():
             self.rule_of[slot] = self.rule_for(names[slot], entity=slot in self.index.entities)
-        rule = self.rule_of[new]
-        self.group_of[new] = np.where(rule >= 0, np.array([*self._group_of_rule, UNWATCHED])[rule], UNWATCHED)
-        for number, group in enumerate(self.groups):  # all at once: each may have to be calibrated
-            own = new[self.group_of[new] == number]
-            if len(own):
-                rules, slots = self.rule_of[own].tolist(), own.tolist()
-                self.row_of[own] = group.add(self.names(slots), rules, slots)
-                self.silence.span_ms[own] = self._span(self.rule_of[own], self.table.interval_ms[self.rule_of[own]])
+        rule, of_new = self.rule_of[new], names[self._known :]
+        self.places.add(new, of_new, rule)
+        if self.shadows.groups:
+            self.shadows.add(new, of_new, rule)
+        watched = new[self.group_of[new] >= 0]
+        self.silence.span_ms[watched] = self._span(self.rule_of[watched], self.table.interval_ms[self.rule_of[watched]])
         self._known = len(names)
 
     def _span(self, rule: int | Int64Array, interval_ms: int | Int64Array) -> Int64Array:
@@ -146,13 +160,12 @@ class Detector:
         self.counts.unwatched += int((unwatched & ~missing).sum())
         if (out := missing | unwatched).any():
             points, arrived = points.take(~out), arrived[~out]
-        for number, group in enumerate(self.groups):
-            own = points if len(self.groups) == 1 else points.take(self.group_of[points.slot] == number)
-            if len(own):
-                rows = Columns(
-                    self.row_of[own.slot].astype(np.int32), own.timestamp_ms, own.value, own.row, own.feature
-                )
-                group.accept(rows, result, want_scores=want_scores)
+        self.places.accept(points, result, want_scores=want_scores)
+        if self.shadows.groups:
+            beside = Result()
+            self.shadows.accept(points, beside)
+            result.shadow = [shadowed(event) for event in beside.in_order().events]
+            self.counts.shadow_events += len(result.shadow)
         heard = Result()
         if len(points):
             span = self._span(self.rule_of[points.slot], self._intervals(points))

@@ -76,6 +76,7 @@ class EventData(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
         health: of the threshold, when it is not in full health: "prior" (that of other KPIs, until the series has its
             own), "degenerate" (its scores have no tail to fit) or "drifting" (it alarms far more often than it should).
         rule: the rule that the series falls under, `labels` those of the rule.
+        shadow: said by a model that only judges beside the one that alerts.
     """
 
     kpi: str
@@ -102,6 +103,7 @@ class EventData(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     health: str = ""
     rule: str = ""
     labels: dict[str, str] = {}
+    shadow: bool = False
 
 
 class SilenceData(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -182,6 +184,12 @@ def make_event(
         partitionkey=data.kpi,
         data=data,
     )
+
+
+def shadowed(event: Event) -> Event:
+    """Return an anomaly event as said by a model in the shadow of another."""
+    assert isinstance(event.data, EventData)
+    return msgspec.structs.replace(event, data=msgspec.structs.replace(event.data, shadow=True))
 
 
 def incident_id(series: str, opened_ms: int, model: str) -> int:

@@ -154,6 +154,10 @@ class Group:
                 self.member[slot : slot + count] = self.served.members[name]
         return slots
 
+    def lacks(self, name: str) -> bool:
+        """Say whether the model is a stack that holds none for a series."""
+        return self.member is not None and name not in self.served.members
+
     def _make_room(self, rows: int) -> None:
         if rows <= self.capacity:
             return

@@ -206,11 +206,13 @@ class Partition:
             future_limit_ms=round(self.settings.future_limit_s * 1000),
         )
         result = self.detector.accept(columns, arrival_ms[columns.row])
-        self._touch(columns.slot, result.events)
+        self._touch(columns.slot, result.events + result.shadow)
         self.position = batch[-1].offset + 1
         if muted:
             return
         self._say(result.events)
+        self._pending.events += [(event, ()) for event in result.shadow]
+        self._said += len(result.shadow)
         refused = [(reject, batch[reject.row]) for reject in rejects + result.rejects]
         self._pending.rejects += refused
         self._said += len(refused)
@@ -314,7 +316,9 @@ class Partition:
                 for event, further in this.pending.events:
                     key, value = event.subject.encode(), events.encode(event)
                     headers = [("content-type", events.CONTENT_TYPE.encode())]
-                    for topic in dict.fromkeys((kafka.anomalies_topic, *further)):
+                    shadow = isinstance(event.data, events.EventData) and event.data.shadow
+                    first = kafka.shadow_topic if shadow else kafka.anomalies_topic
+                    for topic in dict.fromkeys((first, *further)):
                         sent.append(await self._producer.send(topic, value, key=key, headers=headers))
                 for reject, record in this.pending.rejects:
                     value = (record.value or b"")[:REJECT_BYTES_MAX]

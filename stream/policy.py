@@ -54,6 +54,7 @@ class Rule:
     match: tuple[str, ...] = ("*",)  # globs on the name of the KPI or entity, case and all
     name: str = ""  # said in events; "" for the rule that the settings make
     model: str = ""  # checkpoint as asked for, NAME or NAME@VERSION; "" is that of the settings
+    shadow: str = ""  # checkpoint that judges beside it, without alerting; "" is none
     watch: bool = True  # False: such series are ignored
     policy: Policy = field(default_factory=Policy)
     maintenance: tuple[Schedule, ...] = ()

@@ -55,6 +55,7 @@ class Counts:
     gaps: int = 0  # gaps longer than the window: it began anew
     regridded: int = 0  # series that got another interval
     events: int = 0
+    shadow_events: int = 0  # of models that judge beside the first
 
     def add(self, other: Counts) -> None:
         """Add another's counts to these."""
@@ -92,6 +93,7 @@ class Result:
     events: list[Event] = field(default_factory=list)
     event_rows: list[int] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
+    shadow: list[Event] = field(default_factory=list)  # in order; what models say that judge beside the first
     scores: list[Scores] = field(default_factory=list)
 
     def in_order(self) -> Result:

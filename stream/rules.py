@@ -31,7 +31,9 @@ ERRORS_MAX: Final = 50  # told at once
 Q_MIN: Final = 1e-9
 LATENESS_MAX_MS: Final = 7 * UNITS_MS["d"]  # the core allows for half a window at most, whatever is asked
 RULE_FIELDS: Final = (
-    *("match", "name", "model", "watch", "interval", "false_alarms", "q", "direction", "least_deviation", "drift"),
+    *("match", "name", "model", "shadow", "watch", "interval", "false_alarms", "q", "direction"),
+    "least_deviation",
+    "drift",
     *("lateness", "late_points", "silent_after", "warmup", "open_after", "recover_after", "recover_ratio"),
     *("accept_after", "cooldown", "maintenance", "topic", "labels"),
 )
@@ -270,6 +272,7 @@ class _File:
                     self._problem(key.line, f"{path}.{other}", "says how to watch, but `watch: false` says not to")
             return Rule(tuple(match or ()), name, watch=False, policy=self.defaults, line=node.line), []
         model = take("model", fields.model)
+        shadow = take("shadow", fields.model)
         if ("model" in node.fields and not model) or ("watch" in node.fields and watch is None):
             match = None
         names = several("maintenance", fields.window_name(windows))
@@ -277,6 +280,7 @@ class _File:
             match=tuple(match or ()),
             name=name,
             model=model or "",
+            shadow=shadow or "",
             policy=self._policy(node, path),
             maintenance=tuple(window for name in names or () if (window := windows[name]) is not None),
             topics=tuple(several("topic", fields.topic(self.reserved)) or ()),

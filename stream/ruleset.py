@@ -81,7 +81,10 @@ class RuleSet:
         rule = self.rules[index]
         if not rule.watch:
             return ["ignored (watch: false)"]
-        lines = [f"model          {rule.model or 'that of the settings'}", *say_policy(rule.policy, q_max)]
+        lines = [f"model          {rule.model or 'that of the settings'}"]
+        if rule.shadow:
+            lines.append(f"shadow         {rule.shadow}, whose events alert nobody")
+        lines += say_policy(rule.policy, q_max)
         if rule.maintenance:
             lines.append(f"maintenance    {', '.join(self.windows[index]) if self.windows else len(rule.maintenance)}")
         if rule.topics:

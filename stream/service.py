@@ -7,22 +7,20 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import SecretStr
 
 from models import repository
 from models.checkpoint import Checkpoint
-from models.pot import PotConfig, Prior
 from stream.detector import Detector
 from stream.discovery import discover
 from stream.embedded import Servers, patch_aborted_transactions
 from stream.errors import CheckpointError, ConfigError
+from stream.registry import Chosen, Registry, features_of
 from stream.reload import RulesFile
-from stream.results import Served
 from stream.ruleset import RuleSet
 from stream.settings import Settings
 from stream.store import Store
@@ -129,61 +127,20 @@ def rules_file(settings: Settings) -> RulesFile | None:
     if not settings.rules:
         return None
     kafka = settings.kafka
-    own = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic)
+    own = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic, kafka.shadow_topic)
     return RulesFile(Path(settings.rules), settings.policy(), q_max=settings.pot.config().q_max, reserved_topics=own)
 
 
-def served(checkpoint: Checkpoint, pot: PotConfig) -> Served:
-    """Return a checkpoint as the core uses it."""
-    features, metrics = checkpoint.model.features, checkpoint.metrics
-    if features > 1 and len(metrics) != features:
-        raise CheckpointError(
-            f"{checkpoint.ref} takes {features} features and names {len(metrics)} metrics: train it anew with --entity"
-        )
-    scores = [np.asarray(one, np.float64) for one in checkpoint.calibrations]
-    own, some = checkpoint.calibrated, sum(map(len, scores)) > 0
-    return Served(
-        checkpoint.ref,
-        checkpoint.model,
-        checkpoint.metrics,
-        calibrations=tuple(scores) if own else (),
-        prior=Prior.fit(np.concatenate(scores), pot) if some and not own else None,
-        members={name: at for at, name in enumerate(checkpoint.members)},
-    )
-
-
-def served_models(settings: Settings, rules: RuleSet, checkpoint: Checkpoint | None = None) -> dict[str, Served]:
-    """Return the models that rules ask for, by their references as the rules write them.
-
-    Args:
-        settings: where checkpoints are.
-        rules: what is to be watched.
-        checkpoint: of rules that name none; None: that of the settings.
-
-    Raises:
-        ConfigError: a rule names a checkpoint that is not there.
-        CheckpointError: one cannot be used.
-    """
-    models: dict[str, Served] = {}
-    for rule in rules.rules:
-        if not rule.watch or rule.model in models:
-            continue
-        try:
-            found = checkpoint if checkpoint and not rule.model else load_checkpoint(settings, rule.model or None)
-        except (ConfigError, CheckpointError) as e:
-            where = f"{settings.rules}:{rule.line}: rule {rule.name!r}: model: " if rule.model else ""
-            raise type(e)(f"{where}{e}") from None
-        models[rule.model] = served(found, settings.pot.config())
-    return models
-
-
-def features_of(models: Mapping[str, Served]) -> dict[str, int]:
-    """Return how many features models take, by their references."""
-    return {ref: one.model.features for ref, one in models.items()}
+def registry(settings: Settings) -> Registry:
+    """Return what reads the checkpoints that rules ask for."""
+    return Registry(roots(settings), settings.checkpoint, settings.pot.config(), source=settings.rules)
 
 
 def detector_factory(
-    settings: Settings, rules: RuleSet | None = None, checkpoint: Checkpoint | None = None
+    settings: Settings,
+    rules: RuleSet | None = None,
+    checkpoint: Checkpoint | None = None,
+    models: Registry | None = None,
 ) -> Callable[[], Detector]:
     """Return a function that makes a detector without series, one for each partition.
 
@@ -191,6 +148,7 @@ def detector_factory(
         settings: what is the same for all series.
         rules: None: those that the settings name.
         checkpoint: of rules that name none; None: that of the settings.
+        models: keeps the checkpoints in use, and goes on without one that cannot be; None: each has to be fine.
 
     Raises:
         ConfigError: the rules are wrong, or one names a checkpoint that is not there.
@@ -198,14 +156,14 @@ def detector_factory(
     """
     rules = load_rules(settings) if rules is None else rules
     config = settings.detector()
-    models = served_models(settings, rules, checkpoint)
-    for problem in rules.hidden(features_of(models)):
+    chosen = (models or registry(settings)).choose(rules.rules, checkpoint, strict=models is None)
+    for problem in rules.hidden(features_of(rules.rules, chosen)):
         log.warning("%s: %s", settings.rules, problem)
-    for one in models.values():
+    for one in {one.ref: one for one in chosen.served + chosen.shadows if one is not None}.values():
         log.info("checkpoint %s, window %d, features %d", one.ref, one.model.window, one.model.features)
 
     def make() -> Detector:
-        return Detector(config, rules.rules, [models[rule.model] if rule.watch else None for rule in rules.rules])
+        return Detector(config, rules.rules, chosen.served, shadows=chosen.shadows, general=chosen.general)
 
     return make
 
@@ -217,9 +175,16 @@ def explain(settings: Settings, names: Sequence[str], *, entity: bool = False) -
         ConfigError: the rules are wrong, or one names a checkpoint that is not there.
         CheckpointError: one cannot be used.
     """
-    rules = load_rules(settings)
-    features, q_max = features_of(served_models(settings, rules)), settings.pot.config().q_max
-    return [line for name in names for line in rules.explain(name, entity=entity, features=features, q_max=q_max)]
+    rules, chosen = _checked(settings)
+    features, q_max = features_of(rules.rules, chosen), settings.pot.config().q_max
+    lines = []
+    for name in names:
+        lines += rules.explain(name, entity=entity, features=features, q_max=q_max)
+        found = rules.find(name, entity=entity, features=features)
+        one = None if found is None else chosen.served[found]
+        if one is not None and one.members and name not in one.members:
+            lines.append(f"  {one.ref} has no weights for it: {chosen.general.ref} judges it")
+    return lines
 
 
 def check_rules(settings: Settings) -> list[str]:
@@ -229,24 +194,29 @@ def check_rules(settings: Settings) -> list[str]:
         ConfigError: the rules are wrong, or one names a checkpoint that is not there.
         CheckpointError: one cannot be used.
     """
-    rules = load_rules(settings)
-    models = served_models(settings, rules)
-    if problems := rules.hidden(features_of(models)):
+    rules, chosen = _checked(settings)
+    if problems := rules.hidden(features_of(rules.rules, chosen)):
         raise ConfigError("\n".join(f"{settings.rules}: {problem}" for problem in problems))
-    lines = [f"checkpoint {ref}: fine" for ref in dict.fromkeys(one.ref for one in models.values())]
+    refs = dict.fromkeys(one.ref for one in chosen.served + chosen.shadows if one is not None)
+    lines = [f"checkpoint {ref}: fine" for ref in refs]
     return [f"rules {settings.rules}: {len(rules.rules)}, fine", *lines] if settings.rules else lines
+
+
+def _checked(settings: Settings) -> tuple[RuleSet, Chosen]:
+    rules = load_rules(settings)
+    return rules, registry(settings).choose(rules.rules, strict=True)
 
 
 def make_worker(settings: Settings) -> Worker:
     """Return a worker as the settings ask for it, not started."""
     use_one_thread()
-    file = rules_file(settings)
+    file, models = rules_file(settings), registry(settings)
 
     def detectors(rules: RuleSet | None) -> Callable[[], Detector]:
-        return detector_factory(settings, rules)
+        return detector_factory(settings, rules, models=models)
 
     store = Store(settings.redis.url.get_secret_value(), prefix=settings.redis.prefix)
-    return Worker(settings, detectors, store, file)
+    return Worker(settings, detectors, store, file, models)
 
 
 async def serve(settings: Settings) -> None:

@@ -38,6 +38,9 @@ class KafkaSettings(Section):
     instance: str = Field("", description="Static group member id of this worker; empty: a dynamic member.")
     points_topic: str = Field("kpi.points", min_length=1, description="Topic that points are read from.")
     anomalies_topic: str = Field("kpi.anomalies", min_length=1, description="Topic that events are published to.")
+    shadow_topic: str = Field(
+        "kpi.shadow", min_length=1, description="Topic for the events of models that judge beside the first."
+    )
     rejects_topic: str = Field("kpi.rejects", min_length=1, description="Topic for records that cannot be read.")
     partitions: int = Field(6, ge=1, description="Partitions of a topic that does not exist yet and is created.")
     replication: int = Field(-1, ge=-1, description="Replication of a created topic; -1: the broker's default.")
@@ -95,6 +98,7 @@ class Settings(BaseSettings):
     interval_s: float = Field(0.0, ge=0, description="Grid step of every KPI, seconds; 0: inferred for each.")
     rules: str = Field("", description="Rules file, YAML; empty: these settings are the one rule for all KPIs.")
     rules_poll_s: float = Field(2.0, gt=0, description="How often the rules file is looked at for changes, seconds.")
+    models_poll_s: float = Field(5.0, gt=0, description="How often the model repository is looked at, seconds.")
     lateness_s: float = Field(
         0.0, ge=0, description="How late a point may come and still correct what was said, seconds."
     )

@@ -3,7 +3,8 @@
 A blob is a header (magic, version, shape of the window, length, model, crc32 of its name and of all else) and a body:
 one packed little-endian record of fixed length, so that thousands are packed by columns at once, and behind it, in
 MessagePack, what only some series have: points that are held, cells that are open, what late points may still prove
-wrong. No blob can execute anything; a damaged one, or one of an unknown version, is refused by the name of its series.
+wrong. A series that is judged by a second model, in the shadow of the first, has a second blob. No blob can execute
+anything; a damaged one, or one of an unknown version, is refused by the name of its series.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from stream.errors import StateError
 from stream.group import NEVER, Group
 from stream.group import NONE as NO_COPY
 from stream.incidents import Incidents
+from stream.places import Places
 from stream.placing import NO_PHASE, Placing
 from stream.revision import Statement
 from stream.waiting import NONE as NOT_CLOSED
@@ -44,6 +46,7 @@ _HEADER = np.dtype(
 )
 _WINDOW_FIELDS = ("newest", "filled", "origin", "seen", "actual", "step_mean", "steps")
 _RING_FIELDS = ("seen", "actual")
+SHADOW = b"\x00shadow"  # ends the name of a second blob; that of a series holds no control characters
 _SILENCE_FIELDS = (("heard_ms", "last_ms"), ("arrived_ms", "arrived_ms"), ("silent", "silent"))
 
 _Point = tuple[int, float, int]  # event time, value, feature
@@ -125,25 +128,34 @@ def pack(detector: Detector, slots: Int32Array) -> dict[bytes, bytes]:
     blobs: dict[bytes, bytes] = {}
     slots = slots[detector.watched(slots)]
     slots = slots[detector.silence.last_ms[slots] != NEVER]
-    for number, group in enumerate(detector.groups):
-        own = slots[detector.group_of[slots] == number]
-        if not len(own):
-            continue
-        at = detector.row_of[own].astype(np.int32)
-        rows = _records(group, at)
-        for name, array in _SILENCE_FIELDS:
-            rows[name] = getattr(detector.silence, array)[own]
-        tails = _tails(group, at)
-        header = np.zeros((), _HEADER)
-        header["magic"], header["version"], header["kind"] = _MAGIC, VERSION, b"S"
-        header["window"], header["features"] = group.window, group.features
-        header["model"] = model_id(group.served.ref)
-        packed, size = rows.tobytes(), rows.dtype.itemsize
-        for i, (name_, slot) in enumerate(zip(detector.names(own.tolist()), at.tolist(), strict=True)):
-            field, body = name_.encode(), packed[i * size : (i + 1) * size] + tails.get(slot, b"")
-            header["length"], header["crc32"] = len(body), 0
-            header["crc32"] = _checksum(field, header.tobytes(), body)
-            blobs[field] = header.tobytes() + body
+    for places, suffix in ((detector.places, b""), (detector.shadows, SHADOW)):
+        for number, group in enumerate(places.groups):
+            own = slots[places.group_of[slots] == number]
+            if len(own):
+                fields = [name.encode() + suffix for name in detector.names(own.tolist())]
+                blobs |= _blobs(detector, group, own, places.row_of[own].astype(np.int32), fields)
+    return blobs
+
+
+def _blobs(
+    detector: Detector, group: Group, slots: Int32Array, at: Int32Array, fields: list[bytes]
+) -> dict[bytes, bytes]:
+    """Return the blobs of series of one group, by the fields that they are kept under."""
+    blobs: dict[bytes, bytes] = {}
+    rows = _records(group, at)
+    for name, array in _SILENCE_FIELDS:
+        rows[name] = getattr(detector.silence, array)[slots]
+    tails = _tails(group, at)
+    header = np.zeros((), _HEADER)
+    header["magic"], header["version"], header["kind"] = _MAGIC, VERSION, b"S"
+    header["window"], header["features"] = group.window, group.features
+    header["model"] = model_id(group.served.ref)
+    packed, size = rows.tobytes(), rows.dtype.itemsize
+    for i, (field, row) in enumerate(zip(fields, at.tolist(), strict=True)):
+        body = packed[i * size : (i + 1) * size] + tails.get(row, b"")
+        header["length"], header["crc32"] = len(body), 0
+        header["crc32"] = _checksum(field, header.tobytes(), body)
+        blobs[field] = header.tobytes() + body
     return blobs
 
 
@@ -215,7 +227,7 @@ class Restored:
     """What became of a partition's blobs."""
 
     series: int
-    recalibrating: int  # series whose threshold belonged to another model: window kept, threshold begun anew
+    recalibrating: int  # of them those whose threshold was another model's: window kept, threshold begun anew
     refused: list[StateError]  # each names its series; such a series starts anew
 
 
@@ -235,10 +247,11 @@ def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
     begins a new window, one that no rule watches any more is left out.
     """
     refused: list[StateError] = []
-    sorts: dict[tuple[int, int], list[_Blob]] = defaultdict(list)  # by group and window
-    opened: list[tuple[str, int, AnyArray, bytes]] = []
+    sorts: dict[tuple[bool, int, int], list[_Blob]] = defaultdict(list)  # by shadow, group and window
+    opened: list[tuple[str, bool, int, AnyArray, bytes]] = []
     for field, blob in blobs.items():
-        name = field.decode("utf-8", "replace")
+        shadow = field.endswith(SHADOW)
+        name = field.removesuffix(SHADOW).decode("utf-8", "replace")
         try:
             header, body = _open(field, blob)
             if problem := name_problem(name):
@@ -248,27 +261,32 @@ def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
                 slot = -1 if entity is None else entity.slot
             else:
                 slot = detector.index[name]
-            opened.append((name, slot, header, body))
+            opened.append((name, shadow, slot, header, body))
         except StateError as e:
             refused.append(e)
     detector.admit()
-    for name, slot, header, body in opened:
+    for name, shadow, slot, header, body in opened:
         features = int(header["features"])
         rule = detector.rule_for(name, entity=features > 1)
         if rule < 0 or detector.served[rule] is None:
             continue
-        number = int(detector.group_of[slot]) if slot >= 0 else -1
+        places = detector.shadows if shadow else detector.places
+        number = int(places.group_of[slot]) if slot >= 0 else -1
+        if shadow and (number < 0 or places.groups[number].features != features):
+            continue  # nothing judges it in the shadow any more
         try:
-            if number < 0 or detector.groups[number].features != features:
+            if number < 0 or places.groups[number].features != features:
                 raise StateError(f"state of {name!r}: it has {features} features; the model of its rule takes others")
-            sorts[number, int(header["window"])].append(_cut(name, slot, detector.groups[number], header, body))
+            blob_ = _cut(name, slot, places.groups[number], header, body)
+            sorts[shadow, number, int(header["window"])].append(blob_)
         except StateError as e:
             refused.append(e)
     series = recalibrating = 0
-    for (number, window), some in sorts.items():
-        other, problems = _restore(detector, detector.groups[number], window, some)
-        series += len(some)
-        recalibrating += other
+    for (shadow, number, window), some in sorts.items():
+        places = detector.shadows if shadow else detector.places
+        other, problems = _restore(detector, places, places.groups[number], window, some)
+        series += 0 if shadow else len(some)
+        recalibrating += 0 if shadow else other
         refused += problems
     return Restored(series, recalibrating, refused)
 
@@ -310,14 +328,17 @@ def _cut(name: str, slot: int, group: Group, header: AnyArray, body: bytes) -> _
     return _Blob(name, slot, int(header["model"]), body[:size], tail)
 
 
-def _restore(detector: Detector, group: Group, window: int, blobs: list[_Blob]) -> tuple[int, list[StateError]]:
+def _restore(
+    detector: Detector, places: Places, group: Group, window: int, blobs: list[_Blob]
+) -> tuple[int, list[StateError]]:
     """Restore series of one group and one length of window; return how many calibrate anew, and complaints."""
     slots = np.array([one.slot for one in blobs], np.int32)
-    at = detector.row_of[slots].astype(np.int32)
+    at = places.row_of[slots].astype(np.int32)
     rows = np.frombuffer(b"".join(one.record for one in blobs), row_dtype(group, window))
     same = np.array([one.model for one in blobs], np.uint64) == np.uint64(model_id(group.served.ref))
-    for name, array in _SILENCE_FIELDS:
-        getattr(detector.silence, array)[slots] = rows[name]
+    if places is detector.places:
+        for name, array in _SILENCE_FIELDS:
+            getattr(detector.silence, array)[slots] = rows[name]
     for name in Placing.ARRAYS:
         getattr(group.placing, name)[at] = rows[name]
     refused = _put(group, at, _fitted(group, rows, window), same, [one.name for one in blobs])
@@ -328,8 +349,9 @@ def _restore(detector: Detector, group: Group, window: int, blobs: list[_Blob]) 
     for i, one in enumerate(blobs):
         if one.tail is not None and not regrid[i]:
             _put_tail(group, int(at[i]), one.tail, revisable=bool(same[i]) and window == group.window)
-    interval = np.where(group.placing.probing[at], 0, group.placing.interval_ms[at])
-    detector.silence.span_ms[slots] = detector.table.silent_after[detector.rule_of[slots]] * interval
+    if places is detector.places:
+        interval = np.where(group.placing.probing[at], 0, group.placing.interval_ms[at])
+        detector.silence.span_ms[slots] = detector.table.silent_after[detector.rule_of[slots]] * interval
     return int((~same).sum()), refused
 
 

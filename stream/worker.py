@@ -14,6 +14,7 @@ from stream.detector import Counts, Detector
 from stream.errors import BrokerError, TocsinError
 from stream.kafka import Rebalance, points_consumer, read_up_to
 from stream.partition import Partition
+from stream.registry import Registry
 from stream.reload import RulesFile
 from stream.ruleset import RuleSet
 from stream.settings import Settings
@@ -38,6 +39,7 @@ class Worker:
         detectors: Callable[[RuleSet | None], Callable[[], Detector]],
         store: Store,
         rules_file: RulesFile | None = None,
+        models: Registry | None = None,
     ) -> None:
         """Make a worker that owns no partition yet.
 
@@ -46,13 +48,16 @@ class Worker:
             detectors: returns, for rules (None: those of the settings), a function that makes a detector.
             store: keeps the state of its partitions.
             rules_file: is watched; its rules are taken over when they change.
+            models: is watched; detectors are made anew when other versions are in force.
         """
         self.settings = settings
         self.store = store
         self._detectors = detectors
         self._rules_file = rules_file
+        self._models = models
         self.make_detector = detectors(None if rules_file is None else rules_file.current)
         self._next_detector: Callable[[], Detector] | None = None
+        self._making = asyncio.Lock()
         self.partitions: dict[TopicPartition, Partition] = {}
         self.assigned = asyncio.Event()  # set once the first assignment is complete
         self._stop = asyncio.Event()
@@ -83,21 +88,24 @@ class Worker:
         kafka = self.settings.kafka
         await self.store.connect(self.settings.redis.connect_timeout_s)
         rules = None if self._rules_file is None else self._rules_file.current
-        await self._ensure_topics((kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic), rules)
+        topics = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic, kafka.shadow_topic)
+        await self._ensure_topics(topics, rules)
         self._consumer = consumer = points_consumer(kafka)
         try:
             await consumer.start()
         except KafkaError as e:
             raise BrokerError(f"cannot read from {kafka.bootstrap_servers}: {e}") from e
         consumer.subscribe([kafka.points_topic], listener=Rebalance(self._assign, self._revoke))
-        watching = asyncio.create_task(self._watch_rules())
+        watching = [asyncio.create_task(self._watch_rules()), asyncio.create_task(self._watch_models())]
         try:
             while not self._stop.is_set():
                 await self._poll()
-                if watching.done():
-                    watching.result()
+                for task in watching:
+                    if task.done():
+                        task.result()
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
             try:
                 # aiokafka does not say "revoked" before stop
                 await asyncio.shield(self._revoke(list(self.partitions)))
@@ -125,7 +133,7 @@ class Worker:
                 waiting = await asyncio.to_thread(self._rules_file.changed) or waiting
                 if waiting is not None:
                     rules, waiting = waiting, None
-                    detectors = await asyncio.to_thread(self._detectors, rules)
+                    detectors = await self._made(rules)
                     try:
                         await self._ensure_topics((), rules)
                     except BrokerError:
@@ -135,14 +143,32 @@ class Worker:
             except TocsinError as e:
                 log.error("the rules that were in force stay: %s", e)
 
-    def _take_over_rules(self) -> None:
-        """Between two batches, give every partition detectors of the new rules; their series keep their state."""
+    async def _watch_models(self) -> None:
+        """Make detectors anew when references lead to other versions; what cannot be used changes nothing."""
+        while self._models is not None:
+            await asyncio.sleep(self.settings.models_poll_s)
+            try:
+                async with self._making:
+                    changed = await asyncio.to_thread(self._models.changed)
+                if changed:
+                    rules = None if self._rules_file is None else self._rules_file.current
+                    self._next_detector = await self._made(rules)
+            except TocsinError as e:
+                log.error("the models that were in force stay: %s", e)
+
+    async def _made(self, rules: RuleSet | None) -> Callable[[], Detector]:
+        """Return what makes detectors, read in a thread of its own, one at a time."""
+        async with self._making:
+            return await asyncio.to_thread(self._detectors, rules)
+
+    def _take_over(self) -> None:
+        """Between two batches, give every partition detectors of what is in force; their series keep their state."""
         if self._next_detector is None:
             return
         self.make_detector, self._next_detector = self._next_detector, None
         for partition in self.partitions.values():
             partition.change_detector(self.make_detector())
-        log.info("new rules are in force (%s)", self.settings.rules)
+        log.info("new rules are in force (%s)", self.settings.rules or "models")
 
     def _judge_silence(self) -> None:
         """Let partitions of which everything has been read up to a time judge by it who is silent."""
@@ -153,7 +179,7 @@ class Worker:
                 partition.judge_silence(read_ms - _UNDER_WAY_MS)
 
     async def _poll(self) -> None:
-        self._take_over_rules()
+        self._take_over()
         batches = await self._consumer.getmany(timeout_ms=_POLL_MS, max_records=self.settings.kafka.max_poll_records)
         # A partition that comes or goes from here on must not see these records: a new one seeks to its own offset.
         owned = {at: self.partitions[at] for at in batches if at in self.partitions}

@@ -19,6 +19,7 @@ from tests.helpers import (
     SMALL_POT,
     T0,
     Arrival,
+    Halfway,
     Persistence,
     Setup,
     columns,
@@ -43,15 +44,16 @@ def tiny_network() -> DeepAnT:
     return DeepAnT(shape, Network(shape).state_dict())
 
 
-PERSISTENCE, DEEPANT = Persistence(), tiny_network()
+PERSISTENCE, HALFWAY, DEEPANT = Persistence(), Halfway(), tiny_network()
 SERVED = (
     Served("persistence@1", PERSISTENCE),
     Served("persistence@2", Persistence(window=14)),
+    Served("halfway@1", HALFWAY),
     Served("calibrated@1", PERSISTENCE, calibrations=(np.random.default_rng(0).exponential(0.3, 300),)),
 )
 cheap = setups(st.sampled_from(SERVED))
 any_setup = setups(st.sampled_from([*SERVED, Served("deepant@1", DEEPANT)]))
-models = st.sampled_from([PERSISTENCE, PERSISTENCE, DEEPANT])
+models = st.sampled_from([PERSISTENCE, HALFWAY, DEEPANT])
 
 
 def changed(setup: Setup, **policy: object) -> Setup:

@@ -331,7 +331,7 @@ def test_a_bad_file_is_refused(text: str, message: str) -> None:
         # names of fields
         ("intervall: 60s", "intervall: is no field of a rule; did you mean interval?"),
         ("False-Alarms: 1 per day", "False-Alarms: is no field of a rule; did you mean false_alarms?"),
-        ("colour: red", "colour: is no field of a rule; there are match, name, model, watch, interval,"),
+        ("colour: red", "colour: is no field of a rule; there are match, name, model, shadow, watch, interval,"),
         ("? ''\n    : a", "'': is no field of a rule"),
         # durations
         ("interval: 60", "interval: '60': has no unit; write 60s, 60m, 60h or another of ms, s, m, h, d, w"),

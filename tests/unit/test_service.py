@@ -7,7 +7,7 @@ from models.checkpoint import Checkpoint, Training
 from models.deepant import DeepAnT, DeepAnTConfig, Network
 from models.pot import PotConfig
 from stream.errors import CheckpointError
-from stream.service import served
+from stream.registry import served
 
 
 def checkpoint(features: int, metrics: tuple[str, ...]) -> Checkpoint:

@@ -1,0 +1,93 @@
+"""Where series are: groups of them by model, and the row that each has in its group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from stream.columns import Columns, Int64Array, grown
+from stream.group import Group
+from stream.policy import PolicyTable, Rule
+from stream.results import Counts, DetectorConfig, Result, Served
+
+NOWHERE = -1
+
+
+class Places:
+    """The groups of a detector, or those of the models that judge beside them.
+
+    Attributes:
+        groups: series by model.
+        group_of: of each slot, the number of its group; NOWHERE of a series that none of them watches.
+        row_of: of each slot, its row there.
+    """
+
+    def __init__(
+        self,
+        config: DetectorConfig,
+        rules: Sequence[Rule],
+        served: Sequence[Served | None],
+        table: PolicyTable,
+        counts: Counts,
+        general: Served | None = None,
+    ) -> None:
+        """Make groups without series.
+
+        Args:
+            config: what is the same for all series.
+            rules: of the detector.
+            served: the model of each rule; None of one that has none here. Equal ones share a group.
+            table: the policies of the rules.
+            counts: where the groups count.
+            general: watches the KPIs that a stack has no model for; None: nothing does.
+        """
+        self.groups: list[Group] = []
+        self.group_of: Int64Array = np.zeros(0, np.int64)
+        self.row_of: Int64Array = np.zeros(0, np.int64)
+        refs: dict[str, int] = {}
+
+        def number_of(one: Served | None) -> int:
+            if one is None:
+                return NOWHERE
+            if one.ref not in refs:
+                refs[one.ref] = len(self.groups)
+                self.groups.append(Group(config, one, rules, table, counts))
+            return refs[one.ref]
+
+        self._of_rule = [number_of(one) for one in served]
+        self._general = number_of(general if any(one is not None and one.members for one in served) else None)
+
+    def resize(self, room: int) -> None:
+        """Give room to so many slots."""
+        self.group_of, self.row_of = grown(self.group_of, room, NOWHERE), grown(self.row_of, room, NOWHERE)
+
+    def number_for(self, rule: int, name: str) -> int:
+        """Return the group that a series of a rule belongs to."""
+        number = self._of_rule[rule] if rule >= 0 else NOWHERE
+        if number >= 0 and self.groups[number].lacks(name):
+            return self._general
+        return number
+
+    def add(self, slots: Int64Array, names: Sequence[str], rules: Int64Array) -> None:
+        """Give new series their places, all at once: each may have to be calibrated."""
+        at = zip(names, rules.tolist(), strict=True)
+        self.group_of[slots] = [self.number_for(rule, name) for name, rule in at]
+        for number, group in enumerate(self.groups):
+            own = np.flatnonzero(self.group_of[slots] == number)
+            if len(own):
+                some = slots[own].tolist()
+                self.row_of[some] = group.add([names[i] for i in own.tolist()], rules[own].tolist(), some)
+
+    def accept(self, points: Columns, result: Result, *, want_scores: bool = False) -> None:
+        """Give every group its points; those of series that are nowhere are left out."""
+        if not self.groups:
+            return
+        group_of = self.group_of[points.slot]
+        for number, group in enumerate(self.groups):
+            mine = group_of == number
+            own = points if len(self.groups) == 1 and mine.all() else points.take(mine)
+            if len(own):
+                rows = self.row_of[own.slot].astype(np.int32)
+                own = Columns(rows, own.timestamp_ms, own.value, own.row, own.feature)
+                group.accept(own, result, want_scores=want_scores)
