@@ -242,8 +242,9 @@ def test_the_unit_of_one_feature_is_local_and_of_several_constant() -> None:
 @pytest.mark.parametrize("features", [1, 4])
 @pytest.mark.parametrize("scaling", ["train", "window"])
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
-def test_an_assessment_does_not_depend_on_the_batch(activation: str, scaling: str, features: int) -> None:
-    config = shape_of(30, features, scaling=scaling, activation=activation, hidden=128, bottleneck=8)
+@pytest.mark.parametrize("width", [77, 100, 128])  # also such as give layers of an odd width
+def test_an_assessment_does_not_depend_on_the_batch(activation: str, scaling: str, features: int, width: int) -> None:
+    config = shape_of(30, features, scaling=scaling, activation=activation, hidden=width, bottleneck=5)
     served, some = model(config), context(config, 300)
     whole = served.assess(some)
     assert len(np.unique(whole.expected[:, 0])) == 300
@@ -259,7 +260,7 @@ def test_an_assessment_does_not_depend_on_the_batch(activation: str, scaling: st
 @pytest.mark.parametrize("features", [1, 4])
 @pytest.mark.parametrize("scaling", ["train", "window"])
 def test_a_stack_is_its_members_one_by_one(scaling: str, features: int) -> None:
-    config = shape_of(12, features, scaling=scaling, hidden=64)
+    config = shape_of(12, features, scaling=scaling, hidden=77)
     members = [model(config, seed) for seed in range(5)]
     stack = AutoEncoder(
         config,
