@@ -36,7 +36,7 @@ FORMAT = 2
 CONFIG, WEIGHTS, CALIBRATION, CARD = "config.json", "model.safetensors", "calibration.safetensors", "card.md"
 FILES = (WEIGHTS, CALIBRATION, CARD)  # those that config.json holds the digests of
 LARGEST_HEADER = 2**20  # bytes of a safetensors header; ours is below 2 kB
-_CONSTANT = "constants."
+CONSTANT = "constants."
 
 Scores = NDArray[np.float32]
 
@@ -173,7 +173,7 @@ def encode(name: str, bundle: Bundle, card: str) -> dict[str, bytes]:
     scores = {"scores": torch.from_numpy(np.concatenate(bundle.calibrations).astype(np.float32))}
     if model.members:
         scores["counts"] = torch.tensor([len(one) for one in bundle.calibrations])
-    constants = {_CONSTANT + key: torch.from_numpy(np.ascontiguousarray(one)) for key, one in model.constants.items()}
+    constants = {CONSTANT + key: torch.from_numpy(np.ascontiguousarray(one)) for key, one in model.constants.items()}
     content = {
         WEIGHTS: dump_safetensors({key: one.contiguous() for key, one in (*model.raw.items(), *constants.items())}),
         CALIBRATION: dump_safetensors(scores),
@@ -231,9 +231,9 @@ def decode(path: Path, name: str, version: int, content: Mapping[str, bytes]) ->
     shape = _shape(path / CONFIG, family, config.model)
     tensors = tensors_of(path / WEIGHTS, content[WEIGHTS])
     constants = {
-        key.removeprefix(_CONSTANT): _float64(path / WEIGHTS, key, tensors.pop(key))
+        key.removeprefix(CONSTANT): _float64(path / WEIGHTS, key, tensors.pop(key))
         for key in sorted(tensors)
-        if key.startswith(_CONSTANT)
+        if key.startswith(CONSTANT)
     }
     count = len(config.members)
     check_weights(path / WEIGHTS, tensors, family.shapes(shape), members=count)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.base import Float64
-from models.checkpoint import Bundle, Source, Training, check_weights, tensors_of
+from models.checkpoint import CONSTANT, Bundle, Source, Training, check_weights, tensors_of
 from models.deepant import DeepAnT, DeepAnTConfig
 from models.errors import CheckpointError
 from models.repository import read_bytes
@@ -57,7 +57,8 @@ def import_state_dict(
 def _foreign_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
     """The tensors of a foreign file by name, in an order that follows the layers."""
     if path.suffix == ".safetensors":
-        tensors = tensors_of(path, content)
+        found = tensors_of(path, content)
+        tensors = {name: one for name, one in found.items() if not name.startswith(CONSTANT)}  # of a checkpoint of ours
         # The format keeps no order; names that count or spell the layers (conv1, conv2, dense, out; 0, 3, 7, 10) do.
         return {name: tensors[name] for name in sorted(tensors, key=_natural)}
     try:

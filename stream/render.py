@@ -28,6 +28,7 @@ from stream.events import Event, EventData, SilenceData
 from stream.report import Segment, Summary
 
 if TYPE_CHECKING:
+    from stream.compare import ModelDifference
     from stream.verify import Comparison
 
 
@@ -140,6 +141,24 @@ def print_comparison(found: Comparison, *, as_json: bool) -> None:
             lines.append(Text(f"left out: {counted(count, 'event')} of silence {what}, which no back-test knows"))
     for line in lines:
         out.print(line)
+
+
+def print_models(found: ModelDifference) -> None:
+    """Print how the incidents of two models differ."""
+    rows = [
+        ["reported by both", str(found.both)],
+        [f"  of them earlier by {found.second}", str(found.earlier)],
+        ["  of them later", str(found.later)],
+        [f"by {found.first} only", str(len(found.only_first))],
+        [f"by {found.second} only", str(len(found.only_second))],
+    ]
+    for line in _table(rows, right=(1,)):
+        out.print(line)
+    for name, only in ((found.first, found.only_first), (found.second, found.only_second)):
+        for one in only[:_SEGMENTS_SHOWN]:
+            out.print(f"only {name}: {one.opened} – {one.ended or 'goes on'}  {one.kpi}")
+        if len(only) > _SEGMENTS_SHOWN:
+            out.print(f"only {name}: {len(only) - _SEGMENTS_SHOWN} more")
 
 
 def _field(event: Event, path: str) -> str:

@@ -48,7 +48,9 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class _Incident:
+class Incident:
+    """What the events of one incident say of it; one that goes on ends at the end of time."""
+
     id: str
     kpi: str
     opened_ms: int
@@ -81,7 +83,7 @@ def summarise(
         for name, of_name in zip(points.names, points.metrics, strict=True)
         for metric in of_name
     }
-    incidents = [incident for incident in _incidents(events, metric_of) if not first or incident.ended_ms >= begin_ms]
+    incidents = [incident for incident in incidents_of(events, metric_of) if not first or incident.ended_ms >= begin_ms]
     labelled = bool((points.label[first:] >= 0).any())
     begins = points.begins  # the points of a record share its label
     segments: list[Segment] = []
@@ -128,7 +130,13 @@ def summarise(
     )
 
 
-def _incidents(events: Iterable[Event], metric_of: Mapping[str, str]) -> list[_Incident]:
+def incidents_of(events: Iterable[Event], metric_of: Mapping[str, str]) -> list[Incident]:
+    """Return the incidents that events tell of.
+
+    Args:
+        events: in the order of their publication.
+        metric_of: of a series that is a metric of an entity, its name there.
+    """
     opened: dict[str, tuple[str, int, tuple[str, ...]]] = {}
     ended: dict[str, int] = {}
     for event in events:
@@ -147,7 +155,7 @@ def _incidents(events: Iterable[Event], metric_of: Mapping[str, str]) -> list[_I
         elif event.type == TYPE_CORRECTED:  # perhaps of an end that was none
             ended.pop(event.data.incident, None)
     forever = np.iinfo(np.int64).max
-    return [_Incident(i, kpi, at, ended.get(i, int(forever)), metrics) for i, (kpi, at, metrics) in opened.items()]
+    return [Incident(i, kpi, at, ended.get(i, int(forever)), metrics) for i, (kpi, at, metrics) in opened.items()]
 
 
 def _ms(text: str) -> int:

@@ -171,14 +171,16 @@ async def until_committed(
         await consumer.stop()
 
 
-async def published(settings: KafkaSettings, begin: Offsets | None = None, *, timeout_s: float = 30.0) -> list[Event]:
-    """Return the committed events from `begin` on, None: all that the topic holds.
+async def published(
+    settings: KafkaSettings, begin: Offsets | None = None, *, topic: str | None = None, timeout_s: float = 30.0
+) -> list[Event]:
+    """Return the committed events from `begin` on, None: all that the topic (None: that of all events) holds.
 
     Raises:
         BrokerError: it cannot be read, or does not go on for `timeout_s`.
     """
     found = []
-    async for _, batch in _read(settings, settings.anomalies_topic, begin, timeout_s):
+    async for _, batch in _read(settings, topic or settings.anomalies_topic, begin, timeout_s):
         for record in batch:
             with suppress(msgspec.DecodeError):  # of another program
                 found.append(events.decode(record.value or b""))

@@ -213,15 +213,28 @@ def test_a_trained_checkpoint_is_listed_shown_and_used(tmp_path: Path) -> None:
     done = tocsin(tmp_path, "models", "import", weights, "--name", "mine", *options)
     assert done.stdout.strip() == str(tmp_path / "checkpoints" / "mine" / "2")
     tocsin(tmp_path, "models", "import", weights, "--name", "mine", "--window", "30", code=2)
-    assert {"name": "mine", "versions": [1, 2]} in lines_of(tocsin(tmp_path, "models", "list", "--json").stdout)
+    listed = lines_of(tocsin(tmp_path, "models", "list", "--json").stdout)
+    assert {"name": "mine", "versions": [1, 2], "labels": {}} in listed
     assert "mine  1, 2" in tocsin(tmp_path, "models", "list").stdout
+    assert "mine@stable is mine@1" in tocsin(tmp_path, "models", "promote", "mine@1").stdout
+    assert "mine@stable is mine@2, was mine@1" in tocsin(tmp_path, "models", "promote", "mine@2").stdout
+    assert "mine  1, 2 (stable)" in tocsin(tmp_path, "models", "list").stdout
+    assert "mine@stable is mine@1, was mine@2" in tocsin(tmp_path, "models", "rollback", "mine").stdout
+    assert "no version had 'stable' before" in tocsin(tmp_path, "models", "rollback", "mine", code=1).stderr
+    assert "mine@2: fine" in tocsin(tmp_path, "models", "verify").stdout
+    damaged = tmp_path / "checkpoints" / "mine" / "2" / "model.safetensors"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + b"x")
+    broken = tocsin(tmp_path, "models", "verify", "mine@1", "mine@2", code=1)
+    assert "mine@1: fine" in broken.stdout and "its SHA-256 is" in broken.stderr
+    damaged.write_bytes(content)
     assert json.loads(tocsin(tmp_path, "models", "show", "mine@1", "--json").stdout)["model"]["window"] == 14
     assert "clean" in tocsin(tmp_path, "models", "show", "mine@1").stdout
     tocsin(tmp_path, "sample", "-o", "test.csv", "--days", "6", "--seed", "3")
     *events, _ = lines_of(tocsin(tmp_path, "backtest", "test.csv", "--checkpoint", "mine@1", "--json").stdout)
     models = {event["data"]["model"] for event in events if "anomaly" in event["type"]}  # silence has none
     assert models == {"mine@1"}
-    assert tocsin(tmp_path, "backtest", "test.csv", "--checkpoint", "mine").stdout, "the highest version"
+    assert tocsin(tmp_path, "backtest", "test.csv", "--checkpoint", "mine").stdout, "the stable version"
 
 
 # -- servers ----------------------------------------------------------------------------------------------------------

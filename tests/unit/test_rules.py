@@ -407,7 +407,7 @@ def test_a_bad_file_is_refused(text: str, message: str) -> None:
         ("recover_ratio: 0", "recover_ratio: '0': must lie in 0.01 ... 1"),
         ("model: DeepAnT", "model: 'DeepAnT': is no model; 'DeepAnT' is not the name of a model: 1 to 100 of a-z"),
         ("model: ../x", "model: '../x': is no model"),
-        ("model: deepant@0", "model: 'deepant@0': is no model; '0' in 'deepant@0' is not a version"),
+        ("model: deepant@0", "model: 'deepant@0': is no model; '0' in 'deepant@0' is no version and no label"),
         ("topic: a b", "topic: 'a b': is no name of a Kafka topic; 1 to 249 of a-z A-Z 0-9 . _ - are"),
         ("topic: ..", "topic: '..': is no name of a Kafka topic"),
         (f"topic: {'a' * 250}", "is no name of a Kafka topic"),
