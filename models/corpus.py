@@ -214,7 +214,7 @@ class _Member:
         for one in series:
             longest = len(one.values) if layout.gap is None else layout.gap
             filled.append(complete(one.normal, longest))
-            split = len(one.values) - math.ceil(layout.held_out * len(one.values))
+            split = _split(one, layout.held_out)
             targets = usable_targets(one, filled[-1], layout.history, clean=not layout.reads_point)
             train.append(targets[targets < split])
             held_out.append(targets[targets >= split])
@@ -233,6 +233,14 @@ class _Member:
 
 def _shifted(targets: Iterable[Int64], offsets: Int64) -> Int64:
     return np.concatenate([one + offset for one, offset in zip(targets, offsets.tolist(), strict=True)])
+
+
+def _split(series: TrainSeries, held_out: float) -> int:
+    """Where the part begins that is held out: the last of the time, or of the points that are wanted."""
+    n = len(series.values)
+    wanted = np.arange(n) if series.wanted is None else np.flatnonzero(series.wanted)
+    kept = len(wanted) - math.ceil(held_out * len(wanted))
+    return int(wanted[kept]) if kept < len(wanted) else n
 
 
 def _check(series: Sequence[TrainSeries], layout: Layout) -> None:

@@ -99,7 +99,7 @@ class Store:
             raise CheckpointError(f"{self.directory}: no state of a training: {error}; {again}") from error
 
     def remove(self) -> None:
-        """Forget what is kept: the training has ended."""
+        """Forget what is kept: the training has ended, and its model is safe."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

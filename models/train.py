@@ -141,7 +141,7 @@ def train(
         series: what to learn from; each with the F of the config, and the same metrics.
         config: the same config, data, machine and number of threads give the same weights.
         progress: called after every epoch; an exception that it raises ends the training.
-        store: keeps the state after every epoch, and forgets it at the end.
+        store: keeps the state after every epoch, the last one too: `Store.remove` it when the model is safe.
         resume: go on from what `store` keeps, if it does; the result is that of a training without a break.
 
     Returns:
@@ -166,8 +166,6 @@ def train(
         constants = _constants(fit, state, corpus, kept)
     model = _serve(fit, state, constants, config, kept)
     calibrations = tuple(_calibrate(model, corpus, k, place) for place, k in enumerate(kept.tolist()))
-    if store is not None:
-        store.remove()
     used = [one for k in kept for one in groups[k]]
     intervals = {one.interval_ms for one in used}
     return Bundle(

@@ -151,8 +151,11 @@ def training_series(points: Points, interval_ms: int = 0, digests: dict[str, str
     """
     metrics = _common_metrics(points)
     series = []
+    known = np.flatnonzero(~np.isnan(points.value))
+    known = known[np.argsort(points.kpi[known], kind="stable")]  # once: a topic may hold thousands of KPIs
+    edges = np.searchsorted(points.kpi[known], np.arange(len(points.names) + 1))
     for k, name in enumerate(points.names):
-        own = np.flatnonzero((points.kpi == k) & ~np.isnan(points.value))
+        own = known[edges[k] : edges[k + 1]]
         own = own[np.argsort(points.timestamp_ms[own], kind="stable")]
         time, value, label = points.timestamp_ms[own], points.value[own], points.label[own]
         distinct = np.unique(time)

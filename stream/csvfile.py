@@ -45,11 +45,21 @@ MAX_REFUSED: Final = 100  # refused lines kept with their text; all of them are 
 _CHUNK: Final = 2_048  # lines split at once: short-lived lists, else the garbage collector costs half the time
 _SNIFFED: Final = 100  # lines that settle the separator and the number of columns
 
-_TIME: Final = ("timestamp", "timestamp_ms", "ts", "datetime", "time", "date", "epoch", "unix_time", "time_stamp")
-_LABEL: Final = ("label", "labels", "is_anomaly", "anomaly")
-_MISSING: Final = ("missing", "is_missing")
-_SERIES: Final = ("kpi", "kpi_id", "kpiid", "kpi_name", "name", "series", "series_id", "metric")
-_VALUE: Final = ("value", "values", "val")
+TIME_COLUMNS: Final = (
+    "timestamp",
+    "timestamp_ms",
+    "ts",
+    "datetime",
+    "time",
+    "date",
+    "epoch",
+    "unix_time",
+    "time_stamp",
+)
+LABEL_COLUMNS: Final = ("label", "labels", "is_anomaly", "anomaly")
+MISSING_COLUMNS: Final = ("missing", "is_missing")
+SERIES_COLUMNS: Final = ("kpi", "kpi_id", "kpiid", "kpi_name", "name", "series", "series_id", "metric")
+VALUE_COLUMNS: Final = ("value", "values", "val")
 _NO_VALUE: Final = frozenset({"", "nan", "null", "none", "na", "n/a"})
 _NORMAL: Final = ("0", "false", "f", "no", "n")
 _ANOMALOUS: Final = ("1", "true", "t", "yes", "y")
@@ -405,12 +415,12 @@ def _layout(path: Path, texts: Sequence[str], separator: str | None) -> _Layout:
         return _Layout(separator, width, None, time=0, values=(1,), label=label, missing=None, series=None)
 
     found = f"columns are {_short(', '.join(first), 200)}"
-    time = _find(keys, _TIME)
+    time = _find(keys, TIME_COLUMNS)
     if time is None and keys[0] == "":
         time = 0  # a data frame's index has no name; where there is a time column, it is a row number and left out
     if time is None:
-        raise InputError(f"{path}: no timestamp column: {found}; name one of them {', '.join(_TIME[:6])}")
-    label, missing, series = _find(keys, _LABEL), _find(keys, _MISSING), _find(keys, _SERIES)
+        raise InputError(f"{path}: no timestamp column: {found}; name one of them {', '.join(TIME_COLUMNS[:6])}")
+    label, missing, series = _find(keys, LABEL_COLUMNS), _find(keys, MISSING_COLUMNS), _find(keys, SERIES_COLUMNS)
     sample = next((fields for fields in others if len(fields) == len(first)), first)
     values = [
         i
@@ -418,12 +428,12 @@ def _layout(path: Path, texts: Sequence[str], separator: str | None) -> _Layout:
         if key
         and i not in (time, label, missing, series)
         # `timestamp,datetime,value`: the same time once more, for the human reader
-        and not (key in _TIME and _looks_iso(sample[i]))
+        and not (key in TIME_COLUMNS and _looks_iso(sample[i]))
     ]
     if not values:
         raise InputError(f"{path}: no value column: {found}; name one of them value")
     if series is not None and len(values) > 1:
-        named = [i for i in values if keys[i] in _VALUE]
+        named = [i for i in values if keys[i] in VALUE_COLUMNS]
         if len(named) != 1:
             raise InputError(
                 f"{path}: column {first[series]!r} names the KPI of each row, and {len(values)} columns could be its "
@@ -449,7 +459,7 @@ def _sniff(lines: Sequence[str], separator: str | None) -> tuple[str, int]:
 
 def _is_header(first: Sequence[str], keys: Sequence[str], width: int) -> bool:
     """Tell a header from a first line of data, torn ones included."""
-    if any(key in _TIME for key in keys):
+    if any(key in TIME_COLUMNS for key in keys):
         return True
     stamp, _ = _times(first)
     return len(first) == width and bool(np.isnan(stamp).all())

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stream.commands import doctor, files, live, repository
+from stream.commands import doctor, files, live, repository, train
 from stream.commands.shared import EPILOG
 
 app = typer.Typer(
@@ -34,7 +34,7 @@ def _common(
     pass
 
 
-for command in (live.demo, live.up, live.serve, live.replay, live.subscribe, files.backtest, files.train, files.sample):
+for command in (live.demo, live.up, live.serve, live.replay, live.subscribe, files.backtest, train.train, files.sample):
     app.command(epilog=EPILOG)(command)
 app.add_typer(repository.app, name="models")
 app.command(epilog=EPILOG)(doctor.doctor)

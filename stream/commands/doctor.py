@@ -35,7 +35,7 @@ def doctor(
     """
     if records < 1:
         raise ConfigError(f"--records {records}: must be at least 1")
-    since_ms = _since_ms(since)
+    since_ms = since_ms_of(since)
     from stream import render
     from stream.doctor import Sampler, examine
     from stream.findings import find
@@ -74,7 +74,8 @@ def doctor(
         render.write_line(as_yaml(examined, groups, head).rstrip("\n"))
 
 
-def _since_ms(since: str | None) -> int | None:
+def since_ms_of(since: str | None) -> int | None:
+    """Return the time that lies `--since` ago, ms since 1970; None for no choice."""
     from stream.duration import parse_duration
 
     if since is None:

@@ -1,13 +1,10 @@
-"""Commands that need files only: backtest, train, sample."""
+"""Commands that need files only: backtest, sample."""
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
-from collections.abc import Sequence
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,24 +26,8 @@ from stream.commands.shared import (
 from stream.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from models.checkpoint import Bundle
-    from models.windows import TrainSeries
     from stream.csvfile import Points
     from stream.detector import Detector
-
-
-class Family(StrEnum):
-    """The families of models."""
-
-    DEEPANT = "deepant"
-
-
-class Scaling(StrEnum):
-    """How a model scales its input."""
-
-    AUTO = "auto"
-    TRAIN = "train"
-    WINDOW = "window"
 
 
 def backtest(
@@ -62,8 +43,10 @@ def backtest(
     train_fraction: Annotated[
         float | None, typer.Option(help="Train on this first part of the points, test on the rest.")
     ] = None,
-    model: Annotated[Family, typer.Option(help="Family to train with --train-fraction.")] = Family.DEEPANT,
-    window: Annotated[int, typer.Option(help="Window of the model to train, points.")] = 30,
+    model: Annotated[str, typer.Option(help="Family to train with --train-fraction.")] = "deepant",
+    window: Annotated[
+        int | None, typer.Option(help="Window of the model to train, points; none: the family's own.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     checkpoint: CheckpointRef = None,
     entity: Entity = False,
@@ -80,6 +63,7 @@ def backtest(
         raise ConfigError("--train-fraction and --checkpoint: give one of them, the model is either trained or loaded")
     from stream import backtest as core
     from stream import csvfile, render
+    from stream.commands.train import Choice, fit
     from stream.report import summarise
     from stream.service import detector_factory, load_checkpoint, use_one_thread
 
@@ -92,7 +76,7 @@ def backtest(
     else:
         begin, first = core.head(points, train_fraction)
         series = core.training_series(begin, round(settings.interval_s * 1000))
-        chosen = core.trained_checkpoint(_train(series, model, window, seed, Scaling.AUTO, 30, ""))
+        chosen = core.trained_checkpoint(fit(series, Choice(model, window, seed=seed)))
     detector = detector_factory(settings, checkpoint=chosen)()
     core.prime(detector, points, first)
     started = time.monotonic()
@@ -118,53 +102,6 @@ def backtest(
     print_summary(
         summarise(points, events, detector.counts, elapsed_s=elapsed_s, rejected=unused.count, first=first), as_json
     )
-
-
-def train(
-    files: Annotated[list[Path] | None, typer.Argument(help="CSV files to learn from.", metavar="FILE")] = None,
-    name: Annotated[str, typer.Option(help="Name of the checkpoint; each run adds a version.")] = ...,  # type: ignore[assignment]
-    model: Annotated[Family, typer.Option(help="Family.")] = Family.DEEPANT,
-    window: Annotated[int, typer.Option(help="Points of history: 10, 14, 18, …")] = 30,
-    scaling: Annotated[
-        Scaling,
-        typer.Option(help="train: one KPI's own scale; window: for KPIs never seen; auto: by the number of KPIs."),
-    ] = Scaling.AUTO,
-    generated: Annotated[int, typer.Option(help="Learn from so many generated KPIs as well.")] = 0,
-    epochs: Annotated[int, typer.Option(help="At most so many epochs.")] = 30,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
-    entity: Entity = False,
-) -> None:
-    """Train a model and add it to the model repository.
-
-    Prints where it lies: TOCSIN_CHECKPOINTS/NAME/VERSION. With --entity, one model takes all metrics of an entity; the
-    files need the same columns.
-    """
-    from models import repository
-    from models.errors import CheckpointError
-    from stream import backtest as core
-    from stream import csvfile
-    from stream import sample as samples
-    from stream.service import use_one_thread
-
-    settings = settings_with()
-    if not files and not generated:
-        raise ConfigError("nothing to learn from: give CSV files, or --generated N")
-    if entity and generated:
-        raise ConfigError("--entity and --generated: a generated series is one KPI; give one of them")
-    try:
-        repository.check_name(name)
-    except CheckpointError as e:
-        raise ConfigError(f"--name: {e}") from None
-    use_one_thread()
-    series = []
-    if files:
-        tables = tables_of(files, entity=entity)
-        digests = {kpi: hashlib.sha256(t.path.read_bytes()).hexdigest() for t in tables for kpi in t.names}
-        series += core.training_series(csvfile.merge(tables), round(settings.interval_s * 1000), digests)
-    for k in range(generated):
-        series += core.training_series(core.sample_points([samples.random_kpi(seed * 100_000 + k)]))
-    bundle = _train(series, model, window, seed, scaling, epochs, "tocsin " + " ".join(sys.argv[1:]))
-    typer.echo(str(repository.save(settings.checkpoints, name, bundle)))
 
 
 def sample(
@@ -213,35 +150,3 @@ def _say_unwatched(detector: Detector, points: Points) -> None:
     if wide is not None and not any(points.metrics):
         hint = f"; {wide.ref} watches entities of {len(wide.metrics)} metrics, which --entity makes of files"
     say(f"{count:,} points of KPIs that no rule watches{hint}")
-
-
-def _train(
-    series: Sequence[TrainSeries],
-    family: Family,
-    window: int,
-    seed: int,
-    scaling: Scaling,
-    epochs: int,
-    command: str,
-) -> Bundle:
-    from models.families import family as family_of
-    from models.train import EpochReport, TrainConfig
-    from models.train import train as run_training
-    from stream import render
-
-    chosen = family_of(family.value)
-    kind = scaling.value if scaling is not Scaling.AUTO else ("train" if len(series) == 1 else "window")
-    config = TrainConfig.of(
-        chosen,
-        chosen.config(window=window, features=series[0].values.shape[1], scaling=kind),
-        seed=seed,
-        epochs=epochs,
-        command=command,
-        created=datetime.now(UTC).isoformat(timespec="seconds") if command else "",
-    )
-    with render.progress("train", epochs) as (bar, task):
-
-        def on_epoch(report: EpochReport) -> None:
-            bar.update(task, completed=report.epoch, note=f"error {report.held_out_loss:.4f}")
-
-        return run_training(series, config, on_epoch)

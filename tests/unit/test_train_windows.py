@@ -83,6 +83,7 @@ def test_only_wanted_points_are_targets() -> None:
     corpus = gather([[one_with_holes(np.zeros(400, np.bool_), wanted)]], layout(history=5))
     targets = np.concatenate([*corpus.train, *corpus.held_out])
     assert targets.min() == 20 and targets.max() == 379
+    assert len(corpus.held_out[0]) == 72, "a fifth of the 360"
 
 
 @pytest.mark.parametrize("scaling", ["train", "window"])
