@@ -406,6 +406,14 @@ def test_the_modes_are_the_two_parts_of_their_sum() -> None:
     torch.testing.assert_close(both.loss(x), parts)
 
 
+def test_many_windows_without_a_gradient_are_taken_in_pieces() -> None:
+    net, x = network(SMALL), batch_of(torch.randn(600, SMALL.window + 1, SMALL.features))
+    with torch.no_grad():
+        pieces = net.loss(x)
+    assert pieces.shape == (600,)
+    torch.testing.assert_close(pieces, net.loss(x).detach())
+
+
 def test_the_latent_code_is_drawn_in_training_only() -> None:
     net, x = network(SMALL), batch_of(torch.randn(5, SMALL.window + 1, SMALL.features))
     assert torch.equal(net.loss(x), net.loss(x))
