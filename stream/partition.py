@@ -90,6 +90,7 @@ class Partition:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._settling = False
+        self._on_general = 0
 
     @property
     def unsettled(self) -> int:
@@ -207,6 +208,13 @@ class Partition:
         )
         result = self.detector.accept(columns, arrival_ms[columns.row])
         self._touch(columns.slot, result.events + result.shadow)
+        if self.detector.places.on_general > self._on_general:
+            self._on_general = self.detector.places.on_general
+            log.warning(
+                "%s: %d series have no weights of their own in the stack of their rule: the general model judges them",
+                self.at,
+                self._on_general,
+            )
         self.position = batch[-1].offset + 1
         if muted:
             return

@@ -21,6 +21,7 @@ class Places:
         groups: series by model.
         group_of: of each slot, the number of its group; NOWHERE of a series that none of them watches.
         row_of: of each slot, its row there.
+        on_general: how many series the general model watches because the stack of their rule has none for them.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Places:
         self.groups: list[Group] = []
         self.group_of: Int64Array = np.zeros(0, np.int64)
         self.row_of: Int64Array = np.zeros(0, np.int64)
+        self.on_general = 0
         refs: dict[str, int] = {}
 
         def number_of(one: Served | None) -> int:
@@ -62,17 +64,18 @@ class Places:
         """Give room to so many slots."""
         self.group_of, self.row_of = grown(self.group_of, room, NOWHERE), grown(self.row_of, room, NOWHERE)
 
-    def number_for(self, rule: int, name: str) -> int:
+    def _number_for(self, rule: int, name: str) -> int:
         """Return the group that a series of a rule belongs to."""
         number = self._of_rule[rule] if rule >= 0 else NOWHERE
         if number >= 0 and self.groups[number].lacks(name):
+            self.on_general += 1
             return self._general
         return number
 
     def add(self, slots: Int64Array, names: Sequence[str], rules: Int64Array) -> None:
         """Give new series their places, all at once: each may have to be calibrated."""
         at = zip(names, rules.tolist(), strict=True)
-        self.group_of[slots] = [self.number_for(rule, name) for name, rule in at]
+        self.group_of[slots] = [self._number_for(rule, name) for name, rule in at]
         for number, group in enumerate(self.groups):
             own = np.flatnonzero(self.group_of[slots] == number)
             if len(own):
