@@ -1,6 +1,7 @@
 """The training data of one model, or of many that are trained at once: series end to end, and batches cut from them."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ FLAT_SCALE = 1e-6  # least training deviation, as a share of the mean: a flat KP
 # features that never move read and measured like the others, 6 and 23.
 LEAST_STEP = 0.5
 STILL_SHARE = 0.1  # deviation of a feature that never moved, as a share of its level: there is nothing to measure it by
+BEYOND = 3.0  # ranges of 98 % of the values beyond which a value is no measure of the others
 MINUTE_MS, HOUR_MS, DAY_MS = 60_000, 3_600_000, 86_400_000
 
 
@@ -186,6 +188,21 @@ def enough(series: Sequence[TrainSeries], layout: Layout) -> str | None:
     return None
 
 
+def tamed(values: Float64) -> Float64:
+    """Values (N, F) with those that lie far outside of their usual range brought to its edge; NaN stays.
+
+    A single wrong value of 1e12 that nobody labelled would be the unit of all others. The usual range is that of 98 %
+    of the values of a feature, and three times as much on both sides; no limits where those 98 % are all the same.
+    """
+    if not len(values):
+        return values
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a feature without a value
+        low, high = np.nanquantile(values, [0.01, 0.99], axis=0)
+    reach = np.where(high > low, BEYOND * (high - low), np.inf)
+    bounded: Float64 = np.clip(values, low - reach, high + reach)
+    return bounded
+
+
 def mean_step(steps: Float64) -> Float64:
     """Usual step over some series, (S, F) to (F,); 0 for a feature that never shows two neighbours."""
     known = ~np.isnan(steps)
@@ -224,9 +241,11 @@ class _Member:
         _check_values(series, normal, layout)
         moves = _moves(usable) if features > 1 else np.ones(1, np.bool_)
         _check_windows(series, train, held_out, layout)
+        if not labelled:
+            usable = [tamed(one) for one in usable]
         center, scale = np.zeros(features), np.ones(features)
         if layout.scaling == "train":
-            center, scale = _measure(normal, moves)
+            center, scale = _measure(np.concatenate(usable), moves)
         steps = np.array([usual_step(one) for one in usable])
         return cls(filled, steps, train, held_out, center, scale, ~moves, labelled)
 

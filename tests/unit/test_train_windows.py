@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.base import Bool
-from models.corpus import Layout, clock, gather
+from models.corpus import Layout, clock, gather, tamed
 from models.scaling import INPUT_LIMIT
 from models.windows import TrainSeries, complete, usable_targets, usual_step
 
@@ -90,10 +90,10 @@ def test_only_wanted_points_are_targets() -> None:
 def test_a_batch_is_what_a_live_window_would_be(scaling: str) -> None:
     values = 50 + np.random.default_rng(1).normal(size=(400, 2)).cumsum(axis=0)
     values[:, 1] = 7.0
-    values[300, 0] = 1e9
+    values[350, 0] = 1e9  # held out
     one = TrainSeries("a", values, np.zeros(400, np.bool_), 60_000, start_ms=DAY_MS, metrics=("a", "b"))
     corpus = gather([[one]], layout(features=2, scaling=scaling))
-    targets = np.array([[57, 300]])
+    targets = np.array([[57, 350]])
     batch = corpus.batch(targets)
     assert batch.x.shape == batch.counts.shape == (1, 2, 11, 2)
     assert bool((batch.x[..., 1] == 0).all()) and not bool(batch.counts[..., 1].any()), "it never moved"
@@ -106,11 +106,11 @@ def test_a_batch_is_what_a_live_window_would_be(scaling: str) -> None:
     np.testing.assert_allclose(batch.x[0, 0, :, 0], shown, rtol=1e-5, atol=1e-6)
     if scaling == "window":
         assert batch.x[0, 1, -1, 0] == INPUT_LIMIT
-    assert batch.code[0].tolist() == [[57, 0, 5], [0, 5, 5]], "2 January 1970 was a Friday"
+    assert batch.code[0].tolist() == [[57, 0, 5], [50, 5, 5]], "2 January 1970 was a Friday"
     context = corpus.context(targets[0])
-    np.testing.assert_array_equal(context.value, values[[57, 300]])
+    np.testing.assert_array_equal(context.value, values[[57, 350]])
     np.testing.assert_array_equal(context.history[0], values[47:57])
-    assert context.time_ms.tolist() == [DAY_MS + 57 * 60_000, DAY_MS + 300 * 60_000]
+    assert context.time_ms.tolist() == [DAY_MS + 57 * 60_000, DAY_MS + 350 * 60_000]
 
 
 def test_the_clock_counts_weekdays_from_sunday() -> None:
@@ -135,3 +135,21 @@ def test_members_keep_to_their_own_data() -> None:
         np.testing.assert_array_equal(corpus.batch(corpus.train[k]).x, alone.batch(alone.train[0]).x)
         for name, value in alone.constants()[0].items():
             np.testing.assert_array_equal(corpus.constants()[k][name], value)
+
+
+def test_a_wrong_value_that_nobody_labelled_is_not_the_unit_of_the_others() -> None:
+    values = np.random.default_rng(5).normal(size=(1000, 3))
+    values[:, 2] = 0.0
+    values[700:703, 2] = 1.0  # it hardly ever moves, and these are no mistakes
+    clean = TrainSeries("a", values, np.zeros(1000, np.bool_), 60_000, metrics=("a", "b", "c"))
+    wrong = values.copy()
+    wrong[100, 0], wrong[300, 1] = 1e12, -1e6
+    other = TrainSeries("a", wrong, np.zeros(1000, np.bool_), 60_000, metrics=("a", "b", "c"))
+    for scaling in ("train", "window"):
+        plain, spoiled = (gather([[one]], layout(features=3, scaling=scaling)) for one in (clean, other))
+        np.testing.assert_allclose(spoiled.usual_step, plain.usual_step, rtol=0.05)
+        np.testing.assert_allclose(spoiled.scale, plain.scale, rtol=0.2)
+        np.testing.assert_allclose(spoiled.center, plain.center, atol=0.05)
+    plain = gather([[clean]], layout(features=3))
+    np.testing.assert_allclose(plain.scale[0], values[:800].std(axis=0), err_msg="clean data are as they are")
+    assert np.isnan(tamed(np.full((3, 1), NAN))).all() and tamed(np.empty((0, 2))).shape == (0, 2)
