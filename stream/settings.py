@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     kafka: KafkaSettings = KafkaSettings()
     redis: RedisSettings = RedisSettings()
     pot: PotSettings = PotSettings()
-    checkpoint: str = Field("deepant", description="Checkpoint that scores, NAME or NAME@VERSION.")
+    checkpoint: str = Field("deepant", description="Checkpoint that scores, NAME, NAME@VERSION or NAME@LABEL.")
     checkpoints: Path = Field(
         Path("checkpoints"), description="Model repository; the bundled one is searched after it."
     )
