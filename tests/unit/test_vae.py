@@ -449,3 +449,11 @@ def test_a_trained_model_expects_what_comes_and_finds_what_does_not() -> None:
     spike[:, 0] += 2.0
     found = served.assess(replace(some, value=spike))
     assert norm(found.error).min() > norm(normal.error).max()
+
+
+def test_many_are_trained_at_once() -> None:
+    every = [TrainSeries(f"kpi {k}", 10.0**k * sine(500)[:, :1], np.zeros(500, np.bool_), 60_000) for k in range(3)]
+    bundle = train(every, TrainConfig.of(FAMILY, shape_of(12, 1), epochs=3, per_kpi=True))
+    assert isinstance(bundle.model, VAE) and bundle.model.members == 3
+    middle = [float(np.median(scores)) for scores in bundle.calibrations]
+    assert max(middle) < 3 * min(middle)  # the same series in three units
