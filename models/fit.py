@@ -22,6 +22,7 @@ LOWER = 0.3  # the factor of such a rate
 # A held-out loss so far above that of the untrained weights, in units of its size, has left for good.
 AWAY = 10.0
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of Adam, as published
+TOGETHER = 256  # members that learn at once; when one has ended, the next begins: the activations stay in memory
 HELD_OUT_WINDOWS = 65_536  # at once, over all members
 
 
@@ -146,14 +147,15 @@ class Fit:
         """The state before the first pass."""
         flat = torch.cat([parameter.detach().reshape(-1) for parameter in self.network.parameters()])
         state = State.new(flat.repeat(self.corpus.members, 1))
-        every = np.arange(self.corpus.members)
-        state.reference = self._held_out(state.weights, every)
+        for begin in range(0, self.corpus.members, TOGETHER):
+            some = np.arange(self.corpus.members)[begin : begin + TOGETHER]
+            state.reference[some] = self._held_out(state.weights[torch.from_numpy(some)], some)
         return state
 
     def run(self, state: State, after: Callable[[PassReport], None]) -> None:
         """Train until all members are done; `after` every pass `state` is complete."""
         while not state.done.all():
-            active = np.flatnonzero(~state.done)
+            active = np.flatnonzero(~state.done)[:TOGETHER]
             # Members with more windows first: those that still have some at a step are a slice then, and no copy.
             active = active[np.argsort([-len(self.corpus.train[k]) for k in active], kind="stable")]
             note, improved = self._pass(state, active)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -184,8 +185,7 @@ def _grouped(
     """The series of each model, the names of the models (none of one for all), and what was left out."""
     if not config.per_kpi:
         return [series], (), []
-    names = [one.name for one in series]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := [name for name, count in Counter(one.name for one in series).items() if count > 1]:
         raise ConfigError(f"series {twice[0]!r} is there twice; each KPI needs its own name to get its own model")
     layout, notes, groups = config.layout, list[str](), list[Sequence[TrainSeries]]()
     for one in series:
@@ -259,6 +259,7 @@ def _constants(fit: Fit, state: State, corpus: Corpus, kept: Int64) -> list[Cons
     """What the served model of each member has besides weights."""
     known, found = corpus.constants(), list[Constants]()
     for k in kept.tolist():
+        torch.manual_seed(fit.recipe.seed)  # not what the last pass left: a training that goes on may have made none
         windows = corpus.train[k]
         some = np.sort(windows)[:: math.ceil(len(windows) / MEASURED)]
         with torch.no_grad():

@@ -183,8 +183,11 @@ def fit(
     with render.progress("train", config.epochs) as (bar, task):
 
         def on_epoch(report: EpochReport) -> None:
-            done = f", {report.done} of {report.models} models done" if report.models > 1 else ""
-            bar.update(task, completed=report.epoch, note=f"loss {report.held_out_loss:.4g}{done}")
+            if report.models > 1:
+                note = f"models, pass {report.epoch}, loss {report.held_out_loss:.4g}"
+                bar.update(task, completed=report.done, total=report.models, note=note)
+            else:
+                bar.update(task, completed=report.epoch, note=f"loss {report.held_out_loss:.4g}")
             if report.note:
                 trouble.say(report.note)
 

@@ -200,6 +200,14 @@ def test_many_that_are_trained_together_are_those_that_are_trained_alone() -> No
     assert stack.training.held_out_losses[-1] == pytest.approx(np.mean(best), rel=1e-3)
 
 
+def test_members_that_wait_for_their_turn_are_trained_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.fit.TOGETHER", 2)
+    setting = config(epochs=3, per_kpi=True)
+    reports: list[EpochReport] = []
+    same(train(MANY, setting, reports.append), ("a", "b", "c", "d"), setting)
+    assert [report.done for report in reports] == [0, 0, 2, 2, 2, 4]
+
+
 def test_one_that_diverges_costs_the_others_nothing() -> None:
     """The first has a value that breaks it whatever the rate; what one of the others gets in its place is its own."""
     broken = series("broken")
