@@ -41,6 +41,7 @@ bench: install
 	@$(BIN)/python -m tests.bench
 	@$(BIN)/python -m tests.bench.pot
 	@$(BIN)/python -m tests.bench.budgets
+	@$(BIN)/python -m tests.bench.models
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -19,3 +19,12 @@ def test_a_small_bench_prints_every_figure() -> None:
     parts = lines["forward"]["value"] + lines["bare"]["value"]
     assert lines["limit"]["value"] == pytest.approx(parts, abs=0.002)  # each is rounded by itself
     assert lines["live"]["ratio"] > 0
+
+
+@pytest.mark.parametrize(("family", "least"), [("deepant", 5.0), ("bagel", 4.0), ("mtad_gat", 5.0)])
+def test_what_is_served_is_far_cheaper_than_the_plain_way(family: str, least: float) -> None:
+    command = [sys.executable, "-m", "tests.bench.models", "--family", family, "--rounds", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    assert line["ratio"] >= least, line
