@@ -39,15 +39,14 @@ COMPONENTS = 3
 
 def scores(model: Model, before: Float64, test: Float64) -> Float64:
     """Return the score of each point of `test`, (M,), after the last points of `before`; all values as they came."""
-    length, features = model.history, test.shape[1]
+    length = model.history
     whole = np.concatenate([before[-length:], test])
     windows = np.lib.stride_tricks.sliding_window_view(whole, length, axis=0).transpose(0, 2, 1)[: len(test)]
     found = []
     for start in range(0, len(test), TICKS):
         history, value = np.ascontiguousarray(windows[start : start + TICKS]), test[start : start + TICKS]
-        unknown = np.full(value.shape, np.nan)
-        seen = np.ones(history.shape, np.bool_)
-        point = Context(history, seen, value, np.zeros(len(value), np.int64), unknown[:, :features])
+        unknown, seen = np.full(value.shape, np.nan), np.ones(history.shape, np.bool_)
+        point = Context(history, seen, value, np.zeros(len(value), np.int64), unknown)
         found.append(norm(model.assess(point).error))
     return np.concatenate(found)
 
@@ -55,11 +54,10 @@ def scores(model: Model, before: Float64, test: Float64) -> Float64:
 def trained(name: str, first: Float64, seed: int, **config: Any) -> Model:
     """Train a model of a family as the family suggests, on a part without labels."""
     family = families.family(name)
-    series = TrainSeries("train", first, np.zeros(len(first), np.bool_), 60_000)
     metrics = tuple(f"metric_{index}" for index in range(first.shape[1]))
+    series = TrainSeries("train", first, np.zeros(len(first), np.bool_), 60_000, metrics=metrics)
     shape = family.config(features=first.shape[1], scaling="train", **config)
-    known = TrainSeries(series.name, series.values, series.anomalous, series.interval_ms, metrics=metrics)
-    return train([known], TrainConfig.of(family, shape, seed=seed)).model
+    return train([series], TrainConfig.of(family, shape, seed=seed)).model
 
 
 def plain(first: Float64, test: Float64, seed: int) -> dict[str, Float64]:
@@ -97,6 +95,7 @@ def main() -> int:
     parser.add_argument("--families", nargs="*", default=["deepant", "mtad_gat"], help="deepant mtad_gat")
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES, help="of mtad_gat")
     parser.add_argument("--seeds", type=int, default=1, help="how many; the mean of their figures is printed")
+    parser.add_argument("--seed", type=int, default=0, help="the first")
     given = parser.parse_args()
     torch.set_num_threads(1)
     data = Path(os.environ.get("TOCSIN_TEST_DATA", ""))
@@ -109,7 +108,7 @@ def main() -> int:
         found = {name: [value] for name, value in plain(first, test, 0).items()}
         for name, make in rows(given).items():
             began = time.process_time()
-            models = [make(first, seed) for seed in range(given.seeds)]
+            models = [make(first, given.seed + index) for index in range(given.seeds)]
             middle = time.process_time()
             found[name] = [scores(model, first, test) for model in models]
             cost = 1e6 * (time.process_time() - middle) / len(test) / given.seeds
