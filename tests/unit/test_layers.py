@@ -19,6 +19,7 @@ CORE = (
         "results",
         "detector",
         "group",
+        "places",
         "snapshot",
     ),
     *("grid", "judged", "placing", "waiting", "windows", "incidents", "revision", "silence"),
