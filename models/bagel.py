@@ -227,6 +227,8 @@ class Noise:
         draws = np.random.RandomState(config.seed)  # its stream is frozen; those of newer generators are not
         z, m = config.latent, config.iterations
         drawn = [draws.standard_normal(shape) for shape in ((config.samples, z), (m, z), (m, config.window))]
+        for chain in drawn[1:]:
+            chain[-1] = 0  # the last iteration takes the means: one draw for ever would shift all completions alike
         return cls(*(torch.from_numpy(one.astype(np.float32)) for one in drawn))
 
 

@@ -109,9 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=3, help="of the points that are taken away")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    data, failed = Path(os.environ["TOCSIN_TEST_DATA"]) / "kpi", False
+    given = os.environ.get("TOCSIN_TEST_DATA")
+    if not given:
+        parser.error("TOCSIN_TEST_DATA is not set: it names a directory with labelled data")
+    failed = False
     for name, bounds in BOUNDS.items():
-        series, time_ms = read(data / f"{name}.csv.gz")
+        series, time_ms = read(Path(given) / "kpi" / f"{name}.csv.gz")
         began = time.process_time()
         models = [fit(series, seed, labels=args.labels) for seed in range(args.seeds)]
         fitted = time.process_time() - began
