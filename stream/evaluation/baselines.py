@@ -1,0 +1,172 @@
+"""What a model has to beat: chance, the last value, a moving z-score, principal components.
+
+Each is a model like any other and goes through the same detector, so that its alarms rest on the same threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from models.base import LARGEST, Assessment, Context, Float64, check_shape, residual
+from models.scaling import FLAT, SMALLEST, local_spread
+from models.windows import TrainSeries
+from stream.evaluation.neighbours import Neighbours, NeighboursConfig
+
+_LAST_HISTORY: Final = 30  # points: what the last value's usual steps are taken from
+_Z_HISTORY: Final = 100
+_PCA_NUMBERS: Final = 400  # in one window of the principal components, at most …
+_PCA_POINTS: Final = 30  # … and points
+_PCA_KEPT: Final = 0.9  # share of the variance that the components hold
+_PCA_FITTED: Final = 0.7  # first part of the training part that they are fitted on; the rest calibrates the threshold
+_PCA_WINDOWS: Final = 20_000
+
+
+class Baseline:
+    """What all of them are alike in."""
+
+    reads_point = False
+    looks_ahead = False
+    parameters = 0
+
+    def __init__(self, family: str, history: int, features: int, neutral: Float64) -> None:
+        self.family = family
+        self.window = self.history = history
+        self.features = features
+        self.neutral = neutral
+
+    def assess(self, context: Context) -> Assessment:
+        """Say of each point what was expected and how far off it is."""
+        raise NotImplementedError
+
+
+class Random(Baseline):
+    """A score that knows nothing: exponentially distributed, made of the time alone."""
+
+    def assess(self, context: Context) -> Assessment:
+        """Say something."""
+        check_shape(context, self.history, self.features)
+        last = context.history[:, -1, :]
+        chance = -np.log1p(-_uniform(context.time_ms))  # (B,)
+        present = ~np.isnan(context.value)  # the first feature that arrived carries the score
+        first = present & (np.cumsum(present, axis=1) == 1)
+        # The band is as wide as the KPI usually moves; it means nothing.
+        spread = local_spread(context.history, context.usual_step, context.learned)
+        above = np.where(np.nan_to_num(context.value - last) < 0, -1.0, 1.0)
+        return Assessment(last.copy(), spread, np.where(first, above * chance[:, None], 0.0), last.copy())
+
+
+class LastValue(Baseline):
+    """The point before is what is expected."""
+
+    def assess(self, context: Context) -> Assessment:
+        """Hold each point against the one before, in units of what the KPI usually moves by."""
+        check_shape(context, self.history, self.features)
+        last = context.history[:, -1, :]
+        spread = local_spread(context.history, context.usual_step, context.learned)
+        return Assessment(last.copy(), spread, residual(context.value, last, spread), last.copy())
+
+
+class MovingZ(Baseline):
+    """The mean of the history is what is expected, its deviation the unit."""
+
+    def assess(self, context: Context) -> Assessment:
+        """Hold each point against the mean of those before it."""
+        check_shape(context, self.history, self.features)
+        x = np.ascontiguousarray(context.history.transpose(0, 2, 1))  # (B, F, H)
+        mean, spread = x.mean(axis=2), x.std(axis=2)
+        np.maximum(spread, np.maximum(FLAT * np.abs(x).max(axis=2), SMALLEST), out=spread)
+        return Assessment(mean, spread, residual(context.value, mean, spread), mean.copy())
+
+
+class Principal(Baseline):
+    """Windows are held against the principal components of the training part; what they do not explain is the error."""
+
+    reads_point = True
+
+    def __init__(self, values: Float64, family: str) -> None:
+        """Fit the components.
+
+        Args:
+            values: of the training part, (N, F); NaN where missing.
+            family: name.
+        """
+        n, features = values.shape
+        self._points = max(min(_PCA_POINTS, _PCA_NUMBERS // features, n // 4), 2)
+        fitted = values[: max(int(_PCA_FITTED * n), 2 * self._points)]
+        known = np.isfinite(fitted)
+        count = np.maximum(known.sum(axis=0), 1)
+        center = np.where(known, fitted, 0.0).sum(axis=0) / count
+        deviation = np.sqrt(np.where(known, np.square(fitted - center), 0.0).sum(axis=0) / count)
+        super().__init__(family, self._points - 1, features, center)
+        # One that never moved has no unit of its own: a step of 1 % of its level is one.
+        self._scale = np.where(deviation > FLAT * np.abs(center), deviation, 0.01 * np.abs(center) + SMALLEST)
+        x = np.where(known, (fitted - center) / self._scale, 0.0)
+        windows = sliding_window_view(x, self._points, axis=0)  # (N', F, W)
+        windows = windows[:: max(len(windows) // _PCA_WINDOWS, 1)].reshape(-1, features * self._points)
+        size, directions = np.linalg.eigh(windows.T @ windows / len(windows))
+        share = np.cumsum(size[::-1]) / max(float(size.sum()), SMALLEST)
+        self._kept = directions[:, ::-1][:, : int(np.searchsorted(share, _PCA_KEPT)) + 1].copy()  # (F W, K)
+        rest = windows - windows @ self._kept @ self._kept.T
+        usual = np.sqrt(np.square(rest).mean(axis=0)).reshape(features, self._points)
+        self._unit = np.maximum(usual.mean(axis=1), 1e-3)  # of each feature, (F,)
+
+    def assess(self, context: Context) -> Assessment:
+        """Say how much of each window the components leave over."""
+        check_shape(context, self.history, self.features)
+        rows = [self._one(history, value) for history, value in zip(context.history, context.value, strict=True)]
+        expected, error, completion = (np.stack(column) for column in zip(*rows, strict=True))
+        spread = np.broadcast_to(self._scale * self._unit, expected.shape).copy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            away = np.nan_to_num(np.clip((context.value - expected) / spread, -LARGEST, LARGEST))
+        # What the points before add to the error does not widen with the value.
+        return Assessment(expected, spread, error, completion, np.square(away) - np.square(error))
+
+    def _one(self, history: Float64, value: Float64) -> tuple[Float64, Float64, Float64]:
+        missing = np.isnan(value)
+        point = np.where(missing, history[-1], value)
+        x = np.clip((np.vstack((history, point)) - self.neutral) / self._scale, -1e6, 1e6).T.reshape(-1)
+        told = (self._kept @ (self._kept.T @ x)).reshape(self.features, self._points)
+        rest = (x.reshape(self.features, self._points) - told) / self._unit[:, None]
+        size = np.sqrt(np.square(rest).mean(axis=1))
+        expected = self.neutral + self._scale * told[:, -1]
+        return expected, np.where(missing, 0.0, np.copysign(size, rest[:, -1])), expected.copy()
+
+
+def _uniform(time_ms: np.typing.NDArray[np.int64]) -> Float64:
+    """Return a number in 0 … 1 for each time, as unlike that of the next as if it were drawn (splitmix64)."""
+    z = time_ms.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    uniform: Float64 = (z >> np.uint64(11)).astype(np.float64) / 2**53
+    return uniform
+
+
+def _middle(series: TrainSeries) -> Float64:
+    known = np.isfinite(series.values)
+    mean: Float64 = np.where(known, series.values, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    return mean
+
+
+def _neighbours(series: TrainSeries) -> Neighbours:
+    return Neighbours(series.values[:, 0], NeighboursConfig.of(len(series.values)))
+
+
+Made = Baseline | Neighbours
+Maker = Callable[[TrainSeries], Made]
+
+# Always printed beside a model.
+BASELINES: Final[Mapping[str, Maker]] = {
+    "random": lambda s: Random("random", _LAST_HISTORY, s.values.shape[1], _middle(s)),
+    "last value": lambda s: LastValue("last value", _LAST_HISTORY, s.values.shape[1], _middle(s)),
+    "moving z": lambda s: MovingZ(
+        "moving z", min(_Z_HISTORY, max(len(s.values) // 2, 10)), s.values.shape[1], _middle(s)
+    ),
+    "PCA": lambda s: Principal(s.values, "PCA"),
+}
+# A model by itself that is made of a training part.
+MAKERS: Final[Mapping[str, Maker]] = {"neighbours": _neighbours}
