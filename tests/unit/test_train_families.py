@@ -25,7 +25,9 @@ METRICS = ("a", "b", "c")
 # One configuration a family, and one more for each mode of MTAD-GAT; 30 is a window that all of them take.
 SMALL: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in NAMES]
 SMALL += [("mtad_gat", {"mode": mode}) for mode in ("forecasting", "reconstructing")]
-EVERY = [(one, features) for one in SMALL for features in (1, 3) if features == 1 or one[0] != "bagel"]  # of one KPI
+EVERY = [(one, features) for one in SMALL for features in (1, 3)]
+EVERY = [(one, f) for one, f in EVERY if f == 1 or one[0] != "bagel"]  # it is of one KPI
+EVERY = [(one, f) for one, f in EVERY if f == 3 or not one[1]]  # the modes differ for entities as for KPIs
 CASES = ("plain", "constant", "predictable", "huge", "missing", "step", "spike")
 
 
