@@ -328,8 +328,9 @@ def _fingerprint(series: Sequence[TrainSeries], config: TrainConfig) -> dict[str
     told = {one.name: getattr(config, one.name) for one in fields(config)}
     for name in ("family", "model", "command", "created"):
         del told[name]
+    order = hashlib.sha256("\n".join(one.name for one in series).encode()).hexdigest()[:16]
     shape = {name: value for name, value in asdict(config.model).items()}  # type: ignore[call-overload]  # a dataclass
-    return {"family": config.family.name, **shape, **told, "series": len(series)} | {
+    return {"family": config.family.name, **shape, **told, "series": len(series), "order": order} | {
         f"series {one.name}": _digest(one) for one in series
     }
 

@@ -437,7 +437,7 @@ async def read_topic(
 
 
 def choose(points: Points, match: Sequence[str] = (), *, entity: bool = False) -> tuple[Points, dict[str, str]]:
-    """Return the series of a topic that can be learned from, and why each of the others cannot.
+    """Return the series of a topic that can be learned from, by name, and why each of the others cannot.
 
     Args:
         points: of a topic.
@@ -464,6 +464,7 @@ def choose(points: Points, match: Sequence[str] = (), *, entity: bool = False) -
             name, why = next(iter(left.items()))
             raise InputError(f"no series to learn from: {name} {why}")
         raise InputError(f"no series to learn from: none of {_few(points.names)} matches {' or '.join(match)}")
+    kept.sort(key=lambda k: points.names[k])  # not as the partitions happened to answer: a training depends on it
     place = np.full(len(points.names), -1, np.int32)
     place[kept] = np.arange(len(kept))
     chosen = points.take(place[points.kpi] >= 0)
