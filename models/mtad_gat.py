@@ -4,8 +4,8 @@ Source: Zhao et al., "Multivariate Time-series Anomaly Detection via Graph Atten
 is that of GATv2 (Brody et al., 2022) with a bias for each pair of nodes, as in the ML4ITS implementation, and the
 decoder is a GRU that reads the whole latent code at every step. Otherwise than in the published code:
 
-- The target is the very next point; the loss of a forecast is Huber's, which has a gradient at 0 and is not carried
-  away by a spike that nobody labelled.
+- The target is the very next point; the loss of a forecast is Huber's, or the absolute error where windows are
+  measured by themselves: their gradients are finite, and a spike that nobody labelled does not carry them away.
 - The code is a VAE's and reconstructs the values themselves. Their Gaussian likelihood is taken in log space (the
   published density underflows, and 1 - p(x) has no bound), with one variance for each feature, within
   exp(±LOG_VARIANCE). One that the decoder chose for each point was large just where a point was strange: scored with
@@ -184,6 +184,10 @@ class MTADGATNetwork(Network):
         self.by_time = Attention(config.window, f, config.embed, config.slope)
         self.gru = nn.GRU(3 * f, h, batch_first=True)
         if config.forecasts:
+            last = nn.Linear(config.dense, f)
+            if config.scaling == "window":  # untrained, the forecast is the last value
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
             self.forecast = nn.Sequential(
                 nn.Linear(h, config.dense),
                 nn.ReLU(),
@@ -191,7 +195,7 @@ class MTADGATNetwork(Network):
                 nn.Linear(config.dense, config.dense),
                 nn.ReLU(),
                 nn.Dropout(config.dropout),
-                nn.Linear(config.dense, f),
+                last,
             )
         if config.reconstructs:
             self.code = nn.Linear(h, 2 * config.latent)
@@ -231,7 +235,10 @@ class MTADGATNetwork(Network):
         if self.config.forecasts:
             x, center, scale = self._own(batch.x[:, :-1])
             target = ((batch.x[:, -1] - center) / scale).clamp(-INPUT_LIMIT, INPUT_LIMIT)
-            error = functional.smooth_l1_loss(self.ahead(x, self.encode(x)), target, reduction="none")  # (B, F)
+            # A window's own deviation is many times its steps: all of Huber's loss would be its parabola.
+            beta = 1.0 if self.config.scaling == "train" else 0.0
+            forecast = self.ahead(x, self.encode(x))
+            error = functional.smooth_l1_loss(forecast, target, beta=beta, reduction="none")  # (B, F)
             total = total + _mean(error, batch.counts[:, -1])
         if self.config.reconstructs:
             x = self._own(batch.x[:, 1:])[0]
