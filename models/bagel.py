@@ -3,8 +3,8 @@
 Source: Li, Chen, Pei, "Robust and Unsupervised KPI Anomaly Detection Based on Conditional Variational Autoencoder",
 IPCCC 2018. Network, M-ELBO, missing injection and MCMC completion are those of the paper. Done otherwise:
 
-- A missing value is 0 after standardisation, not 2 min - max of the KPI: measured to degrade more gently, and no KPI
-  with negative values is surprised. In a live window it starts as what completed it when it was due.
+- A missing value is 0 after standardisation, not 2 min - max of the KPI, which is far outside where values are
+  negative or wide. In a live window it starts as what completed it when it was due, and MCMC goes on from there.
 - The time code is UTC. An offset would only permute its columns, except that weekdays then begin at another hour.
 - Latent noise is drawn once, from a seed: a score is the same in every run and in any batch.
 - Likelihoods have heavy tails (they square the error), so what is given to the threshold is sqrt(2 (NLL - floor)), in
