@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stream.commands import doctor, files, live, repository, train
+from stream.commands import doctor, evaluate, files, live, repository, train
 from stream.commands.shared import EPILOG
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ def _common(
 
 for command in (live.demo, live.up, live.serve, live.replay, live.subscribe, files.backtest, train.train, files.sample):
     app.command(epilog=EPILOG)(command)
+app.command(epilog=EPILOG)(evaluate.evaluate)
 app.add_typer(repository.app, name="models")
 app.command(epilog=EPILOG)(doctor.doctor)
 app.command(epilog=EPILOG)(live.check)

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from models.base import LARGEST, Assessment, Context, Float64, check_shape, residual
+from models.base import Assessment, Context, Float64, check_shape, residual
 from models.scaling import FLAT, SMALLEST, local_spread
 from models.windows import TrainSeries
 from stream.evaluation.neighbours import Neighbours, NeighboursConfig
@@ -23,6 +23,7 @@ _PCA_POINTS: Final = 30  # … and points
 _PCA_KEPT: Final = 0.9  # share of the variance that the components hold
 _PCA_FITTED: Final = 0.7  # first part of the training part that they are fitted on; the rest calibrates the threshold
 _PCA_WINDOWS: Final = 20_000
+_FAR: Final = 1e6  # deviations: beyond it a value says no more
 
 
 class Baseline:
@@ -110,30 +111,25 @@ class Principal(Baseline):
         size, directions = np.linalg.eigh(windows.T @ windows / len(windows))
         share = np.cumsum(size[::-1]) / max(float(size.sum()), SMALLEST)
         self._kept = directions[:, ::-1][:, : int(np.searchsorted(share, _PCA_KEPT)) + 1].copy()  # (F W, K)
-        rest = windows - windows @ self._kept @ self._kept.T
-        usual = np.sqrt(np.square(rest).mean(axis=0)).reshape(features, self._points)
-        self._unit = np.maximum(usual.mean(axis=1), 1e-3)  # of each feature, (F,)
+        self._last = self._kept.reshape(features, self._points, -1)[:, -1].copy()  # the newest point's rows, (F, K)
+        newest = windows.reshape(-1, features, self._points)[:, :, -1]
+        rest = newest - (windows @ self._kept) @ self._last.T
+        self._unit = np.maximum(np.sqrt(np.square(rest).mean(axis=0)), 1e-3)  # (F,)
 
     def assess(self, context: Context) -> Assessment:
-        """Say how much of each window the components leave over."""
+        """Say how much of each point the components of its window leave over."""
         check_shape(context, self.history, self.features)
         rows = [self._one(history, value) for history, value in zip(context.history, context.value, strict=True)]
-        expected, error, completion = (np.stack(column) for column in zip(*rows, strict=True))
+        expected = np.stack(rows)
         spread = np.broadcast_to(self._scale * self._unit, expected.shape).copy()
-        with np.errstate(over="ignore", invalid="ignore"):
-            away = np.nan_to_num(np.clip((context.value - expected) / spread, -LARGEST, LARGEST))
-        # What the points before add to the error does not widen with the value.
-        return Assessment(expected, spread, error, completion, np.square(away) - np.square(error))
+        return Assessment(expected, spread, residual(context.value, expected, spread), expected.copy())
 
-    def _one(self, history: Float64, value: Float64) -> tuple[Float64, Float64, Float64]:
-        missing = np.isnan(value)
-        point = np.where(missing, history[-1], value)
-        x = np.clip((np.vstack((history, point)) - self.neutral) / self._scale, -1e6, 1e6).T.reshape(-1)
-        told = (self._kept @ (self._kept.T @ x)).reshape(self.features, self._points)
-        rest = (x.reshape(self.features, self._points) - told) / self._unit[:, None]
-        size = np.sqrt(np.square(rest).mean(axis=1))
-        expected = self.neutral + self._scale * told[:, -1]
-        return expected, np.where(missing, 0.0, np.copysign(size, rest[:, -1])), expected.copy()
+    def _one(self, history: Float64, value: Float64) -> Float64:
+        point = np.where(np.isnan(value), history[-1], value)
+        x = np.clip((np.vstack((history, point)) - self.neutral) / self._scale, -_FAR, _FAR).T.reshape(-1)
+        told: Float64 = (self._last @ (self._kept.T @ x)).reshape(self.features)
+        expected: Float64 = self.neutral + self._scale * told
+        return expected
 
 
 def _uniform(time_ms: np.typing.NDArray[np.int64]) -> Float64:

@@ -71,13 +71,13 @@ def cases() -> list[tuple[Label, Score, int]]:
             label[first : last + 1] = True
         for width in (0, 7, 20):
             for kind in ("good", "late", "ties"):
-                score = np.round(rng.random(n), 3)
+                score: Score = np.round(rng.random(n), 3)
                 if kind == "good":
-                    score = score + label * 0.6
+                    score = score + 0.6 * label.astype(np.float64)
                 elif kind == "late":
-                    score = score + np.roll(label, 5) * 0.8
+                    score = score + 0.8 * np.roll(label, 5).astype(np.float64)
                 else:
-                    score = np.round(score + label * 0.3, 1)
+                    score = np.round(score + 0.3 * label.astype(np.float64), 1)
                 made.append((label, score, width))
     return made
 
