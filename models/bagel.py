@@ -30,9 +30,8 @@ from torch.nn.functional import huber_loss, softplus
 from models import base
 from models.base import Bool, Context, Float64, Int64, Weights
 from models.batching import run_padded
-from models.corpus import clock
 from models.errors import ConfigError
-from models.scaling import FLAT, INPUT_LIMIT, SMALLEST, normalise, standardise
+from models.scaling import FLAT, INPUT_LIMIT, SMALLEST, clock, normalise, standardise
 from models.serving import ServedModel, fitting_chunk
 
 Float32 = NDArray[np.float32]

@@ -185,7 +185,7 @@ class Family:
         config: its dataclass of plain values.
         shapes: of a config, name and shape of every weight, in the order of the layers.
         network: of a config, the layers with new random weights; its `state_dict` has the names of `shapes`.
-        serve: of a config, weights and constants, the model; `stacked`: each has one more axis in front, of the members.
+        serve: of a config, weights and constants, the model; `stacked`: each has one more axis in front, the members.
         stackable: whether many of one config can be trained and served at once.
         history: of a config, H as its served model has it; W by default, as of a forecaster.
         reads_point: of a config, whether the network sees the point itself, as in a reconstruction. Then windows with

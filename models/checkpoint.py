@@ -241,6 +241,7 @@ def decode(path: Path, name: str, version: int, content: Mapping[str, bytes]) ->
         model = family.serve(shape, tensors, constants, stacked=bool(count))
     except (ConfigError, KeyError) as error:
         raise CheckpointError(f"{path / WEIGHTS}: {error}; restore it or train again") from error
+    assert isinstance(model, ServedModel)
     scores = _scores(path / CALIBRATION, content[CALIBRATION], count)
     if problem := metrics_problem(config.metrics, shape.features) or _members_problem(config.members, count):
         raise CheckpointError(f"{path / CONFIG}: {problem}; restore it or train again")

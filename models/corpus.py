@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from models.base import Batch, Bool, Constants, Context, Float64, Int64
 from models.errors import ConfigError
-from models.scaling import normalise, standardise
+from models.scaling import clock, normalise, standardise
 from models.windows import TrainSeries, complete, usable_targets, usual_step
 
 FEWEST = 100  # windows to train on, and FEWEST / 4 to hold out: with fewer the early stopping is a coin toss
@@ -23,7 +23,6 @@ FLAT_SCALE = 1e-6  # least training deviation, as a share of the mean: a flat KP
 LEAST_STEP = 0.5
 STILL_SHARE = 0.1  # deviation of a feature that never moved, as a share of its level: there is nothing to measure it by
 BEYOND = 3.0  # ranges of 98 % of the values beyond which a value is no measure of the others
-MINUTE_MS, HOUR_MS, DAY_MS = 60_000, 3_600_000, 86_400_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +119,6 @@ class Corpus:
                 own |= {"center": self.center[k], "scale": self.scale[k], "usual_step": step}
             every.append(own)
         return every
-
-
-def clock(time_ms: Int64) -> Int64:
-    """Minute, hour and weekday (0 = Sunday) of times, UTC, (n, 3) int64."""
-    day = time_ms // DAY_MS
-    # 1970-01-01 was a Thursday.
-    return np.stack([time_ms // MINUTE_MS % 60, time_ms // HOUR_MS % 24, (day + 4) % 7], axis=1)
 
 
 def gather(members: Sequence[Sequence[TrainSeries]], layout: Layout) -> Corpus:

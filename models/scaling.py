@@ -1,9 +1,9 @@
-"""From raw values to what a network reads, and the size of error that a window leads one to expect."""
+"""From raw values and times to what a network reads, and the size of error that a window leads one to expect."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.base import Bool, Float64
+from models.base import Bool, Float64, Int64
 
 # A standardised input or target beyond it is an outlier of some other KPI or unit: the network sees it as "far away".
 # It keeps contaminated training data and a first spike in a live window from throwing the network off its range.
@@ -13,6 +13,7 @@ INPUT_LIMIT = 20.0
 FLAT = 2.0**-20
 # The floor of a window of zeros; its inverse is still a normal number.
 SMALLEST = 1e-100
+MINUTE_MS, HOUR_MS, DAY_MS = 60_000, 3_600_000, 86_400_000
 
 
 def normalise(history: Float64) -> tuple[NDArray[np.float32], Float64, Float64]:
@@ -70,3 +71,10 @@ def standardise(values: Float64, center: Float64, scale: Float64) -> NDArray[np.
     """(values - center) / scale within ±INPUT_LIMIT, float32; values are (..., F) float64."""
     x = np.clip((values - center) / scale, -INPUT_LIMIT, INPUT_LIMIT)
     return x.astype(np.float32, order="C")
+
+
+def clock(time_ms: Int64) -> Int64:
+    """Minute, hour and weekday (0 = Sunday) of times, UTC, (n, 3) int64."""
+    day = time_ms // DAY_MS
+    # 1970-01-01 was a Thursday.
+    return np.stack([time_ms // MINUTE_MS % 60, time_ms // HOUR_MS % 24, (day + 4) % 7], axis=1)

@@ -89,7 +89,9 @@ class Registry:
                 raise type(e)(f"{where}{e}") from None
         served = tuple(models[rule.model] if rule.watch else None for rule in rules)
         shadows = tuple(
-            _beside(rule, models[rule.shadow], one, strict=strict) if rule.shadow and one is not None else None
+            _beside(rule, models[rule.shadow], one, strict=strict)
+            if one is not None and rule.shadow and (rule.shadow in self._in_use or models[rule.shadow] is one)
+            else None  # and the general one in place of a shadow would prove nothing
             for rule, one in zip(rules, served, strict=True)
         )
         self._in_use = {ref: loaded for ref, loaded in self._in_use.items() if ref in models}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.bagel import Bagel, BagelConfig, Network, Noise, log_density, one_hot
 from models.base import Context
-from models.corpus import clock
+from models.scaling import clock
 
 ROWS = 256
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from models.base import Bool
-from models.corpus import Layout, clock, gather, tamed
-from models.scaling import INPUT_LIMIT
+from models.corpus import Layout, gather, tamed
+from models.scaling import INPUT_LIMIT, clock
 from models.windows import TrainSeries, complete, usable_targets, usual_step
 
 NAN = math.nan
