@@ -74,7 +74,7 @@ async def test_a_hundred_swaps_under_load_miss_no_score(
         for swap in range(SWAPS):
             wanted = f"m@{2 - swap % 2}"
             await asyncio.to_thread(repository.promote, tmp_path, wanted)
-            await until(lambda wanted=wanted: refs(worker) == {wanted}, f"{wanted} in force")  # type: ignore[misc]
+            await until(lambda wanted=wanted: refs(worker) == {wanted}, f"{wanted} in force")
             rss.append(process.memory_info().rss)
         await sending
         await until_committed(settings.kafka, len(POINTS.value))

@@ -107,7 +107,7 @@ def test_other_configs_are_refused_by_name(wrong: dict[str, float]) -> None:
     ("center", "scale"), [([0.0, 0.0], [1.0]), ([0.0], [0.0]), ([0.0], [-1.0]), ([float("nan")], [1.0])]
 )
 def test_scaling_constants_are_checked(center: list[float], scale: list[float]) -> None:
-    with pytest.raises(ConfigError, match="^center|^scale="):
+    with pytest.raises(ConfigError, match=r"^center|^scale="):
         model(scaling="train", center=np.array(center), scale=np.array(scale))
 
 
