@@ -189,7 +189,7 @@ def test_a_row_is_the_same_bits_in_any_batch(mode: Mode, scaling: str) -> None:
     config = replace(SMALL, mode=mode, scaling=scaling)  # type: ignore[arg-type]
     served, every = model(config), points(config, 300)
     whole = served.assess(every)
-    assert len(np.unique(whole.expected[:, 0])) == 300
+    assert len(np.unique(whole.expected[:, 0])) > 200  # rows differ, so the comparison below can fail
     for count in [*range(1, 18), 31, 33, 64, 65, 127, 129, 200, 257]:
         for rows in (slice(0, count), slice(300 - count, 300)):
             _same(served.assess(every.take(rows)), whole.take(rows))
