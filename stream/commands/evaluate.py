@@ -13,7 +13,6 @@ from stream.commands.shared import Entity, Json, RulesRef, say, settings_with
 from stream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from models.windows import TrainSeries
     from stream.detector import Served
     from stream.evaluation.data import Series
     from stream.evaluation.runs import Figures, Run
@@ -86,7 +85,7 @@ def evaluate(
         )
     ]
     contenders: dict[str, Served_] = {model: _served(settings, model, train_fraction is not None, seed, shape or ())}
-    contenders |= {name: _baseline(settings, make, name) for name, make in BASELINES.items()}
+    contenders |= {name: _baseline(settings, name) for name in BASELINES}
     config, watch = settings.detector(), load_rules(settings).rules
     found: dict[str, list[Figures]] = {name: [] for name in contenders}
     drawn: list[tuple[Series, Run, list[Figures]]] = []
@@ -134,8 +133,8 @@ def _served(settings: Settings, model: str, train: bool, seed: int, shape: Seque
     from models.families import NAMES
     from stream.evaluation.baselines import BASELINES, MAKERS
 
-    if (make := {**MAKERS, **BASELINES}.get(model)) is not None:
-        return _baseline(settings, make, model)
+    if model in {**MAKERS, **BASELINES}:
+        return _baseline(settings, model)
 
     def trained(series: Series) -> Served:
         from stream import backtest, registry
@@ -183,13 +182,8 @@ def _drawing(report: Path | None, png: Path | None) -> Draw | None:
     return draw
 
 
-def _baseline(settings: Settings, make: Callable[[TrainSeries], object], name: str) -> Served_:
-    from stream.detector import Served
+def _baseline(settings: Settings, name: str) -> Served_:
+    from stream.evaluation import baselines
 
-    def served(series: Series) -> Served:
-        part = series.learned(round(settings.interval_s * 1000))
-        made = make(part)
-        calibration = getattr(made, "calibration", None)
-        return Served(f"{name.replace(' ', '-')}@0", made, part.metrics, () if calibration is None else (calibration,))  # type: ignore[arg-type]  # a model
-
-    return served
+    interval_ms = round(settings.interval_s * 1000)
+    return lambda series: baselines.served(name, series.learned(interval_ms))

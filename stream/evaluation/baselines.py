@@ -15,6 +15,7 @@ from models.base import Assessment, Context, Float64, check_shape, residual
 from models.scaling import FLAT, SMALLEST, local_spread
 from models.windows import TrainSeries
 from stream.evaluation.neighbours import Neighbours, NeighboursConfig
+from stream.results import Served
 
 _LAST_HISTORY: Final = 30  # points: what the last value's usual steps are taken from
 _Z_HISTORY: Final = 100
@@ -166,3 +167,14 @@ BASELINES: Final[Mapping[str, Maker]] = {
 }
 # A model by itself that is made of a training part.
 MAKERS: Final[Mapping[str, Maker]] = {"neighbours": _neighbours}
+
+
+def served(name: str, part: TrainSeries) -> Served:
+    """Return one of them, made of a part to learn from, as the core uses it.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    made = {**MAKERS, **BASELINES}[name](part)
+    scores = (made.calibration,) if isinstance(made, Neighbours) else ()
+    return Served(f"{name.replace(' ', '-')}@0", made, part.metrics, scores)

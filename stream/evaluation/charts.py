@@ -34,6 +34,7 @@ _ALARM, _LABEL, _SCORE, _THRESHOLD = "#e0433c", "rgba(240,160,30,0.26)", "#8b6cc
 _COMPLETED: Final = "#2ba38b"
 _NARROWEST: Final = 0.003  # of the whole time: a shaded segment
 _WIDE: Final = 30.0  # highest score over the typical one, from which on the axis is logarithmic
+_SPARSE: Final = 0.2  # share of missing cells
 _PNG_SIZE: Final = (1600, 900)
 
 
@@ -144,6 +145,8 @@ def figure(series: Series, made: Run) -> go.Figure:
         _band(chart, time, *(_within_sight(one[at], value) for one in (cells.lower, cells.upper)))
         line(expected, "expected", _EXPECTED, 1, dash="dot")
     line(value, "value", _VALUE, 1)
+    if np.isnan(value).mean() > _SPARSE:  # a point between two missing ones is on no line
+        chart.update_traces(mode="lines+markers", marker={"size": 3}, selector={"name": "value"})
     missing = np.isnan(value) & np.isfinite(expected)
     _dots(
         chart, time[missing], expected[missing], "completed", {"symbol": "circle-open", "color": _COMPLETED, "size": 5}
@@ -161,7 +164,10 @@ def figure(series: Series, made: Run) -> go.Figure:
     chart.update_yaxes(title_text=series.name if len(series.name) < 30 else "value", row=1, col=1)
     chart.update_yaxes(title_text="score", type="log" if wide else "linear", row=2, col=1)
     if wide:  # what lies below the typical score says nothing
-        span = [float(np.log10(np.median(positive))) - 1.0, float(np.log10(positive.max())) + 0.2]
+        limit = cells.threshold[at]
+        top = max(float(positive.max()), float(np.max(limit, where=np.isfinite(limit), initial=0.0)))
+        top = min(top, _WIDE * float(positive.max()))
+        span = [float(np.log10(np.median(positive))) - 1.0, float(np.log10(top)) + 0.2]
         chart.update_yaxes(range=span, row=2, col=1)
     drawn = (
         "every point"
@@ -221,6 +227,8 @@ def _band(chart: go.Figure, time: Any, low: Float64Array, high: Float64Array) ->
     first, last = segments(np.isfinite(low) & np.isfinite(high))
     for begin, end in zip(first.tolist(), (last + 1).tolist(), strict=True):
         along = time[begin:end].tolist()
+        if end - begin < 2:  # one point has no area
+            continue
         x += [*along, *reversed(along), None]
         y += [*high[begin:end].tolist(), *low[begin:end][::-1].tolist(), None]
     band = go.Scatter(

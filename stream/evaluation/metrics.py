@@ -47,7 +47,7 @@ def auc_pr(label: BoolArray, score: Float64Array) -> float:
         from sklearn.metrics import average_precision_score
     except ImportError:
         raise ConfigError("AUC-PR needs scikit-learn: pip install 'tocsin[evaluate]'") from None
-    return float(average_precision_score(label, score)) if label.any() else float("nan")
+    return min(float(average_precision_score(label, score)), 1.0) if label.any() else float("nan")  # less rounding
 
 
 def delayed(label: BoolArray, flagged: BoolArray, delay: int = DELAY) -> Confusion:
