@@ -13,7 +13,7 @@ calibration says how many of the scores are those of each.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,21 +206,23 @@ def _members_problem(members: Sequence[str], count: int) -> str | None:
 # --- and back --------------------------------------------------------------------------------------------------------
 
 
-def decode(path: Path, name: str, version: int, content: Mapping[str, bytes]) -> Checkpoint:
+def decode(path: Path, name: str, version: int, read: Callable[[Path], bytes]) -> Checkpoint:
     """Return the checkpoint that files hold; every part of it is checked.
 
     Args:
         path: of its directory, for messages.
         name: of the model.
         version: of the model.
-        content: of CONFIG and FILES.
+        read: returns the content of one of its files.
 
     Raises:
         CheckpointError: they are damaged, of another format or family, or inconsistent. The message begins with the
             file.
     """
-    config = _parse_config(path / CONFIG, content[CONFIG])
+    config = _parse_config(path / CONFIG, read(path / CONFIG))
+    content = {}
     for file in FILES:
+        content[file] = read(path / file)
         digest = hashlib.sha256(content[file]).hexdigest()
         if digest != config.sha256.get(file):
             raise CheckpointError(

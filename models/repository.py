@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from models.card import card
-from models.checkpoint import CONFIG, FILES, Bundle, Checkpoint, decode, encode
+from models.checkpoint import Bundle, Checkpoint, decode, encode
 from models.errors import CheckpointError
 
 LABELS = "labels.json"
@@ -179,8 +179,7 @@ def read(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is damaged, of another format or family, or inconsistent.
     """
-    content = {file: read_bytes(path / file) for file in (CONFIG, *FILES)}
-    return decode(path, path.parent.name, int(path.name), content)
+    return decode(path, path.parent.name, int(path.name), read_bytes)
 
 
 def save(root: Path, name: str, bundle: Bundle) -> Path:

@@ -36,8 +36,8 @@ def backtest(
     scores: Annotated[
         Path | None,
         typer.Option(
-            help="Write every score to this CSV file: timestamp,value,expected,score,threshold,probability,anomaly; "
-            "several KPIs: a first column with their names."
+            help="Write every score to this CSV file: timestamp,value,expected,lower,upper,score,threshold,"
+            "probability,anomaly; several KPIs: a first column with their names."
         ),
     ] = None,
     train_fraction: Annotated[

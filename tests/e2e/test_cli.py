@@ -175,7 +175,10 @@ def test_backtest(tmp_path: Path, sample: Path) -> None:
     assert summary["caught"] >= 7 and summary["false_alarms"] <= 3 and summary["events"] == len(events)
     assert done.stderr == ""
     rows = rows_of(tmp_path / "out.csv")
-    assert list(rows[0]) == ["timestamp", "value", "expected", "score", "threshold", "probability", "anomaly"]
+    band = ["value", "expected", "lower", "upper"]
+    assert list(rows[0]) == ["timestamp", *band, "score", "threshold", "probability", "anomaly"]
+    inside = [row for row in rows if row["lower"] and row["value"] and row["anomaly"] == "0"]
+    assert inside and all(float(r["lower"]) <= float(r["value"]) * 1.001 for r in inside)
     assert sum(row["score"] != "" for row in rows) == summary["scored"]
     assert sum(row["anomaly"] == "1" for row in rows) == summary["counts"]["flagged"]
     text = tocsin(tmp_path, "backtest", sample).stdout
