@@ -44,7 +44,7 @@ def test_help_comes_at_once() -> None:
     assert subprocess.run([sys.executable, "-c", slow]).returncode == 0, "imports are lazy"
 
 
-COMMANDS = ("demo", "up", "serve", "replay", "subscribe", "backtest", "train", "sample", "check", "models")
+COMMANDS = ("demo", "up", "serve", "replay", "subscribe", "backtest", "train", "evaluate", "sample", "check", "models")
 
 
 def test_each_help_names_its_options_and_the_exit_codes(tmp_path: Path) -> None:

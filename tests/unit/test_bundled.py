@@ -33,10 +33,10 @@ def test_it_scores_a_new_kpi_from_its_first_full_window_and_finds_what_is_gross(
     settings = load_settings({"TOCSIN_CHECKPOINT": name})
     detector = detector_factory(settings)()
     clean = generate(3, 300, 5, START_MS, clean=True)
-    value, label = clean.value.copy(), np.zeros(len(clean.value), np.int8)
+    value, label = clean.value.copy(), np.zeros(len(clean.value), np.bool_)
     spikes = [500, 600, 700]
     value[spikes] += 12 * np.nanstd(value)
-    label[spikes] = 1
+    label[spikes] = True
     points = backtest.sample_points([dataclasses.replace(clean, value=value, label=label)])
     events, first = [], None
     for _, result in backtest.run(detector, points, want_scores=True):
