@@ -30,7 +30,7 @@ from torch.nn import functional
 from models import base
 from models.base import Assessment, Batch, Constants, Context, Family, Float64, Weights, check_shape, residual
 from models.errors import ConfigError
-from models.scaling import SMALLEST, local_spread, normalise, standardise
+from models.scaling import SMALLEST, local_spread
 from models.serving import ServedModel, fitting_chunk
 
 HIDDEN_SHARE = 0.5  # of the training windows whose newest point is hidden
@@ -254,25 +254,19 @@ class AutoEncoder(ServedModel[AutoEncoderConfig]):
         Raises:
             ValueError: the context has another H or F.
         """
-        history = context.history
         check_shape(context, self.history, self.features)
-        still = self.still_rows(context)
-        if self.config.scaling == "train":
-            center, scale = self.constant("center", context), self.constant("scale", context)
-            x = standardise(history, center[:, None], scale[:, None])
-            usual = self.constant("usual_step" if "usual_step" in self.constants else "scale", context)
-        else:
-            x, center, scale = normalise(history)
+        x, center, scale = self.standardised(context)
+        if self.config.scaling == "window":
             usual = context.usual_step
+        else:
+            usual = self.constant("usual_step" if "usual_step" in self.constants else "scale", context)
         if measured_locally(self.config):
-            unit = local_spread(history, usual, context.learned)
+            unit = local_spread(context.history, usual, context.learned)
         else:
             unit = np.maximum(usual, SMALLEST)
         spread = unit * self.constant("reach", context)
-        if still.any():
-            x = np.where(still[:, None], np.float32(0), x)
         (y,) = self.run(self.forward, self.packed, [x], context, chunk=self.chunk)
-        expected = np.where(still, history[:, -1], center + scale * y)
+        expected = np.where(self.still_rows(context), context.history[:, -1], center + scale * y)
         return Assessment(expected, spread, residual(context.value, expected, spread), completion=expected)
 
 

@@ -31,7 +31,7 @@ from models import base
 from models.base import Bool, Context, Float64, Int64, Weights
 from models.batching import run_padded
 from models.errors import ConfigError
-from models.scaling import FLAT, INPUT_LIMIT, SMALLEST, clock, normalise, standardise
+from models.scaling import FLAT, INPUT_LIMIT, SMALLEST, clock, standardise
 from models.serving import ServedModel, fitting_chunk
 
 Float32 = NDArray[np.float32]
@@ -404,11 +404,7 @@ class Bagel(ServedModel[BagelConfig]):
 
     def _standardised(self, context: Context) -> tuple[Float32, Float64, Float64]:
         """Windows with their points, (B, W); a point that did not arrive is the last of the history. Center, scale."""
-        if self.config.scaling == "train":
-            center, scale = self.constant("center", context), self.constant("scale", context)
-            history = standardise(context.history, center[:, None], scale[:, None])
-        else:
-            history, center, scale = normalise(context.history)
+        history, center, scale = self.standardised(context)
         point = np.where(np.isnan(context.value), context.history[:, -1], context.value)
         x = np.concatenate([history[..., 0], standardise(point, center, scale)], axis=1)
         still = self.still_rows(context)

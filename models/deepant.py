@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models import base
 from models.base import Assessment, Batch, Constants, Context, Family, Weights, check_shape, residual
 from models.errors import ConfigError
-from models.scaling import local_spread, normalise, standardise
+from models.scaling import local_spread
 from models.serving import ServedModel, fitting_chunk
 
 
@@ -177,21 +177,16 @@ class DeepAnT(ServedModel[DeepAnTConfig]):
         Raises:
             ValueError: the context has another H or F.
         """
-        history = context.history
         check_shape(context, self.history, self.features)
-        still = self.still_rows(context)
-        if self.config.scaling == "train":
-            center, scale = self.constant("center", context), self.constant("scale", context)
-            x = standardise(history, center[:, None], scale[:, None])
-            own = self.constant("usual_step", context) if "usual_step" in self.constants else None
-            spread = scale.copy() if own is None else local_spread(history, own, context.learned)
+        x, center, scale = self.standardised(context)
+        if self.config.scaling == "window":
+            spread = local_spread(context.history, context.usual_step, context.learned)
+        elif "usual_step" in self.constants:
+            spread = local_spread(context.history, self.constant("usual_step", context), context.learned)
         else:
-            x, center, scale = normalise(history)
-            spread = local_spread(history, context.usual_step, context.learned)
-        if still.any():
-            x = np.where(still[:, None], np.float32(0), x)
+            spread = scale.copy()
         (y,) = self.run(forward, self.packed, [x], context, chunk=self.chunk)
-        expected = np.where(still, history[:, -1], center + scale * y)
+        expected = np.where(self.still_rows(context), context.history[:, -1], center + scale * y)
         return Assessment(expected, spread, residual(context.value, expected, spread), completion=expected)
 
 

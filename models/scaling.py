@@ -69,7 +69,8 @@ def local_spread(history: Float64, usual_step: Float64, learned: Bool | None = N
 
 def standardise(values: Float64, center: Float64, scale: Float64) -> NDArray[np.float32]:
     """(values - center) / scale within ±INPUT_LIMIT, float32; values are (..., F) float64."""
-    x = np.clip((values - center) / scale, -INPUT_LIMIT, INPUT_LIMIT)
+    with np.errstate(over="ignore"):
+        x = np.clip((values - center) / scale, -INPUT_LIMIT, INPUT_LIMIT)
     return x.astype(np.float32, order="C")
 
 

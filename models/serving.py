@@ -15,6 +15,7 @@ from torch import Tensor
 from models.base import Assessment, Bool, Config, Constants, Context, Float64, Weights
 from models.batching import SIZES, run_padded
 from models.errors import ConfigError
+from models.scaling import normalise, standardise
 
 C = TypeVar("C", bound=Config)
 
@@ -104,6 +105,20 @@ class ServedModel(Generic[C]):
             rows: Bool = self.still[context.member]
             return rows
         return np.broadcast_to(self.still, (len(context), self.features))
+
+    def standardised(self, context: Context) -> tuple[NDArray[np.float32], Float64, Float64]:
+        """Histories as a network reads them: (B, H, F) within ±INPUT_LIMIT, and their centers and scales, (B, F).
+
+        By the constants of the training data when scaling is "train", by each history itself when it is "window"; a
+        feature that never moved in training is 0.
+        """
+        if self.config.scaling == "train":
+            center, scale = self.constant("center", context), self.constant("scale", context)
+            x = standardise(context.history, center[:, None], scale[:, None])
+        else:
+            x, center, scale = normalise(context.history)
+        still = self.still_rows(context)
+        return np.where(still[:, None], np.float32(0), x) if still.any() else x, center, scale
 
     def run(
         self,

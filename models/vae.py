@@ -30,7 +30,6 @@ from torch.nn import functional
 from models import base
 from models.base import LARGEST, Assessment, Batch, Bool, Constants, Context, Family, Float64, Weights, check_shape
 from models.errors import ConfigError
-from models.scaling import normalise, standardise
 from models.serving import ServedModel, fitting_chunk
 
 Float32 = NDArray[np.float32]
@@ -272,13 +271,7 @@ class VAE(ServedModel[VAEConfig]):
         """
         check_shape(context, self.history, self.features)
         still = self.still_rows(context)
-        if self.config.scaling == "train":
-            center, scale = self.constant("center", context), self.constant("scale", context)
-            past = standardise(context.history, center[:, None], scale[:, None])
-        else:
-            past, center, scale = normalise(context.history)
-        if still.any():
-            past = np.where(still[:, None], np.float32(0), past)
+        past, center, scale = self.standardised(context)
         x, rebuilt = self._completed(past, context, still)
         mean, lgvar = self.run(self.last_point, self.packed, [x], context, chunk=self.chunk)
         expected, completion = (

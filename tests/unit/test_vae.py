@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -406,31 +406,6 @@ def test_other_histories_are_refused() -> None:
 def sine(count: int, features: int = 2) -> Float64:
     time = np.arange(count)[:, None]
     return np.asarray(np.sin(2 * np.pi * time / 24 + np.arange(features)), np.float64)
-
-
-HARD: dict[str, Callable[[np.random.Generator, int], Float64]] = {
-    "perfectly predictable": lambda rng, n: sine(n),
-    "a constant feature": lambda rng, n: np.column_stack([sine(n, 1), np.full(n, 5.0)]),
-    "all constant": lambda rng, n: np.full((n, 2), 5.0),
-    "always zero": lambda rng, n: np.zeros((n, 2)),
-    "large": lambda rng, n: 1e9 * (3 + rng.normal(size=(n, 2))),
-    "tiny": lambda rng, n: 1e-9 * rng.normal(size=(n, 2)),
-    "40 % missing": lambda rng, n: np.where(rng.random((n, 2)) < 0.4, np.nan, sine(n)),
-    "a wild outlier": lambda rng, n: np.where(np.arange(n)[:, None] == 200, 1e30, sine(n)),
-}
-
-
-@pytest.mark.parametrize("scaling", ["train", "window"])
-@pytest.mark.parametrize("name", HARD)
-def test_training_on_hard_data_ends_in_numbers(name: str, scaling: str) -> None:
-    values = HARD[name](np.random.default_rng(0), 500)
-    series = TrainSeries("hard", values, np.zeros(500, np.bool_), 60_000, metrics=("a", "b"))
-    config = shape_of(12, 2, scaling=scaling)
-    bundle = train([series], TrainConfig.of(FAMILY, config, epochs=3))
-    served = bundle.model
-    assert all(np.isfinite(weight.numpy()).all() for weight in served.raw.values())
-    assert np.isfinite(bundle.training.held_out_losses).all() and np.isfinite(np.concatenate(bundle.calibrations)).all()
-    assert np.isfinite(served.constants["floor"]).all()
 
 
 def test_a_trained_model_expects_what_comes_and_finds_what_does_not() -> None:
