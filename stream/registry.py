@@ -80,13 +80,10 @@ class Registry:
         self._seen = self._last = {ref: self._look(ref or self.default) for ref in wanted if ref is not None}
         models: dict[str, Served] = {}
         for ref in self._seen:
-            try:
-                models[ref] = self._model(ref, strict=strict)
-            except (ConfigError, CheckpointError) as e:
-                rule = next((rule for rule in rules if rule.watch and ref in (rule.model, rule.shadow)), Rule())
-                field = "model" if rule.model == ref else "shadow"
-                where = f"{self.source}:{rule.line}: rule {rule.name!r}: {field}: " if ref and rule.line else ""
-                raise type(e)(f"{where}{e}") from None
+            rule = next((rule for rule in rules if rule.watch and ref in (rule.model, rule.shadow)), Rule())
+            field = "model" if rule.model == ref else "shadow"
+            where = f"{self.source}:{rule.line}: rule {rule.name!r}: {field}: " if ref and rule.line else ""
+            models[ref] = self._model(ref, where, strict=strict)
         served = tuple(models[rule.model] if rule.watch else None for rule in rules)
         shadows = tuple(
             _beside(rule, models[rule.shadow], one, strict=strict)
@@ -121,7 +118,7 @@ class Registry:
             return str(e)
         return path, state.st_ino, state.st_mtime_ns
 
-    def _model(self, ref: str, *, strict: bool) -> Served:
+    def _model(self, ref: str, where: str, *, strict: bool) -> Served:
         if not ref and self._given is not None:
             return served(self._given, self.pot)
         known, version = self._in_use.get(ref), self._seen[ref]
@@ -134,9 +131,9 @@ class Registry:
             loaded = _Loaded(served(repository.read(version[0]), self.pot), version)
         except (ConfigError, CheckpointError) as e:
             if strict or (not ref and known is None and isinstance(e, ConfigError)):
-                raise
+                raise type(e)(f"{where}{e}") from None
             instead = self.general() if known is None else known.served
-            log.error("model %s cannot be used, %s goes on in its place: %s", asked, instead.ref, e)
+            log.error("%smodel %s cannot be used, %s goes on in its place: %s", where, asked, instead.ref, e)
             return instead
         self._in_use[ref] = loaded
         return loaded.served
@@ -145,6 +142,9 @@ class Registry:
         """Say whether there is nothing of that name and version, as against something that cannot be read."""
         try:
             name, behind = repository.parse_ref(ref)
+        except CheckpointError:  # no reference at all
+            return True
+        try:
             found = [version for root in self.roots for version in repository.versions(root, name)]
             labels = repository.labels(self.roots, name)
         except CheckpointError:

@@ -159,7 +159,7 @@ def test_train_and_backtest_by_the_commands(tmp_path: Path) -> None:
     first = json.loads(printed.splitlines()[0])
     assert first["subject"] == "m9" and first["data"]["features"][0]["metric"] in METRICS
     header, row, *_ = scores.read_text().splitlines()
-    assert header.startswith("timestamp,value,expected,score") and row.split(",")[1:3] == ["", ""]
+    assert header.startswith("timestamp,value,expected,lower,upper,score") and row.split(",")[1:3] == ["", ""]
     # The same by a model of one feature: each metric is a KPI.
     other = write(tmp_path / "m8.csv", METRICS[:3], anomalies=True, seed=6, n=1500)
     printed = tocsin("backtest", other, "--entity", "--json", "--scores", scores, root=tmp_path)

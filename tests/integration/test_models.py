@@ -162,5 +162,6 @@ async def test_a_rule_whose_checkpoint_is_gone_is_watched_by_the_general_one(
             await until_committed(settings.kafka, len(POINTS.value))
             assert worker.counts().scored > 0.9 * len(POINTS.value)
             assert refs(worker) == {"deepant@1"}
-    assert "model gone cannot be used, deepant@1 goes on in its place: no checkpoint 'gone'" in caplog.text
+    where = f"{rules}:2: rule '*cpu*': model: "
+    assert f"{where}model gone cannot be used, deepant@1 goes on in its place: no checkpoint 'gone'" in caplog.text
     assert "model m cannot be used, deepant@1 goes on in its place" in caplog.text
