@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,19 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 S = TypeVar("S", bound=Server)
+
+
+def pytest_configure() -> None:
+    """Take signals as a terminal would have them.
+
+    Under nohup, or in the background of a script, SIGINT and SIGHUP are ignored, and so they are by every process that
+    a test starts: a Ctrl-C would go unheard.
+    """
+    if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _running(server: S) -> Iterator[S]:
