@@ -117,8 +117,9 @@ class ServedModel(Generic[C]):
             x = standardise(context.history, center[:, None], scale[:, None])
         else:
             x, center, scale = normalise(context.history)
-        still = self.still_rows(context)
-        return np.where(still[:, None], np.float32(0), x) if still.any() else x, center, scale
+        if self.still.any():
+            x = np.where(self.still_rows(context)[:, None], np.float32(0), x)
+        return x, center, scale
 
     def run(
         self,
