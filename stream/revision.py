@@ -48,15 +48,16 @@ def mend(published: list[Statement], cell: int, said: Sequence[Said], standing: 
             newest of the series.
     """
     now = {one.event.id for one in said}
-    told_now = {_data(one.event).incident for one in said}
+    latest = {_data(one.event).incident: _data(one.event) for one in said}
     wrong = [one for one in published if one.live and one.cell >= cell and one.plain not in now]
     begun = {_data(one.event).incident for one in wrong if _opens(one)}
-    retracted = begun - told_now
+    retracted = begun - latest.keys()
     events: list[tuple[int, Event]] = []
     for one in wrong:
         data, one.live = _data(one.event), False
         if data.incident not in retracted:
-            severity, anomalies = standing(data.incident) or (data.severity, data.anomalies)
+            come_to = latest.get(data.incident, data)  # of one that another has followed: its end is among the said
+            severity, anomalies = standing(data.incident) or (come_to.severity, come_to.anomalies)
             still = msgspec.structs.replace(
                 data,
                 severity=severity,

@@ -208,6 +208,14 @@ def test_of_an_older_incident_what_is_no_longer_said_keeps_its_severity() -> Non
     assert (data_of(found).severity, data_of(found).anomalies) == ("major", 2)
 
 
+def test_of_an_older_incident_what_is_no_longer_said_has_the_severity_of_its_end() -> None:
+    told = published(OPENED, UPDATED)
+    news = [said(7, "resolved", opened=5, anomalies=1), said(8, "opened", B, opened=8)]
+    found = mend(told, 6, news, lambda incident: ("warning", 1) if incident == B else None)
+    assert shown(found[:1]) == [Shown("corrected", f"{A}-updated-major-r2", f"{A}-updated-major")]
+    assert (data_of(found[0]).severity, data_of(found[0]).anomalies) == ("warning", 1)
+
+
 def test_another_severity_of_an_update_is_another_statement() -> None:
     told = published(OPENED, UPDATED)
     critical = said(6, "updated-critical", opened=5, severity="critical")
