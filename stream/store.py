@@ -106,6 +106,7 @@ class Store:
             try:
                 async with asyncio.timeout(max(remaining_s, 0.1)):
                     await cast(Awaitable[Any], self._redis.ping())
+                _end_if_cancelled()
                 return
             except (AuthenticationError, NoPermissionError) as e:
                 raise StoreError(f"the store at {self.address} lets us not in: {e}; see {_SETTING}") from e
@@ -271,6 +272,17 @@ class Store:
             yield
         except (RedisError, OSError) as e:
             raise StoreError(f"the store at {self.address} failed to {doing}: {_reason(e)}") from e
+
+
+def _end_if_cancelled() -> None:
+    """Be cancelled, if that was asked for and forgotten.
+
+    redis-py sends within `asyncio.wait_for`, and that of Python 3.11 forgets a cancellation that comes just as the
+    sending is done: seen as a service that a SIGTERM at its start did not end.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def redacted(url: str) -> str:
