@@ -172,6 +172,8 @@ class KafkaServer(Broker):
         format_options: of `kafka-storage format`, e.g. ["--add-scram", "SCRAM-SHA-512=[name=…,password=…]"].
         jvm_options: of the broker, e.g. ["-Dorg.apache.kafka.sasl.oauthbearer.allowed.urls=…"].
         heap: of the broker.
+        outside: port of a proxy: clients that come by it are told to stay with it. It must lead to `outside_port`;
+            `bootstrap` is the way in without it.
     """
 
     start_s = _KAFKA_START_S
@@ -183,16 +185,24 @@ class KafkaServer(Broker):
         format_options: Sequence[str] = (),
         jvm_options: Sequence[str] = (),
         heap: str = "512m",
+        outside: int | None = None,
     ) -> None:
         super().__init__()
         self.controller_port = free_port()
+        self.outside_port = free_port()
         self.config = {
             **_KAFKA_CONFIG,
             "node.id": "1",
             "listeners": f"PLAINTEXT://{LOOPBACK}:{self.port},CONTROLLER://{LOOPBACK}:{self.controller_port}",
             "log.dirs": str(self.dir / "data"),
-            **(config or {}),
         }
+        if outside is not None:
+            self.config |= {
+                "listeners": f"{self.config['listeners']},OUTSIDE://{LOOPBACK}:{self.outside_port}",
+                "advertised.listeners": f"PLAINTEXT://{LOOPBACK}:{self.port},OUTSIDE://{LOOPBACK}:{outside}",
+                "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,OUTSIDE:PLAINTEXT",
+            }
+        self.config |= config or {}
         if "controller.quorum.voters" in self.config:
             self.format_options = [*format_options]
         else:
@@ -226,6 +236,62 @@ class KafkaServer(Broker):
 
     async def ready(self) -> bool:
         return await is_listening(self.port)
+
+
+# Of three nodes: each record on all of them, one of which may be down.
+_CLUSTER_CONFIG = {
+    "default.replication.factor": "3",
+    "min.insync.replicas": "2",
+    "offsets.topic.replication.factor": "3",
+    "transaction.state.log.replication.factor": "3",
+    "transaction.state.log.min.isr": "2",
+    "share.coordinator.state.topic.replication.factor": "3",
+    "share.coordinator.state.topic.min.isr": "2",
+    "broker.session.timeout.ms": "3000",
+    "broker.heartbeat.interval.ms": "500",
+    "controller.quorum.election.timeout.ms": "500",
+    "controller.quorum.fetch.timeout.ms": "1000",
+}
+
+
+class KafkaCluster:
+    """Three nodes of Apache Kafka, each broker and controller; one may be down.
+
+    async with KafkaCluster() as cluster:
+        cluster.nodes[2].kill()           # node.id is the index here
+        await cluster.nodes[2].start()
+    """
+
+    def __init__(self) -> None:
+        self.nodes = [
+            KafkaServer({**_CLUSTER_CONFIG, "node.id": str(number), "controller.quorum.voters": ""}, heap="256m")
+            for number in range(3)
+        ]
+        voters = ",".join(f"{n}@{LOOPBACK}:{node.controller_port}" for n, node in enumerate(self.nodes))
+        for node in self.nodes:
+            node.config["controller.quorum.voters"] = voters
+
+    @property
+    def bootstrap(self) -> str:
+        return ",".join(node.bootstrap for node in self.nodes)
+
+    async def __aenter__(self) -> Self:
+        try:
+            await asyncio.gather(*(node.start() for node in self.nodes))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all nodes and remove their data."""
+        for node in self.nodes:
+            node.close()
 
 
 class EmbeddedBroker(Broker):
