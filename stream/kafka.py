@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.abc import ConsumerRebalanceListener
+from aiokafka.abc import AbstractTokenProvider, ConsumerRebalanceListener
+from aiokafka.conn import OAuthAuthenticator
+from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    GroupAuthorizationFailedError,
+    SaslAuthenticationFailed,
+    TopicAuthorizationFailedError,
+    TransactionalIdAuthorizationFailed,
+)
 
+from stream.security import KAFKA, Certificates, read_secret, tls_context
 from stream.settings import KafkaSettings
 
 # A transaction that follows another within some 20 ms is told to try again later (the broker still writes the last
@@ -16,13 +27,25 @@ from stream.settings import KafkaSettings
 _RETRY_BACKOFF_MS = 20
 _FETCH_BYTES = 8 << 20  # of one partition; 1 MiB, the default, halves the throughput of small records
 _SESSION_TIMEOUT_MS = 10_000
+_REBALANCE_TIMEOUT_MS = 30_000  # for the others to settle what they have taken in
+_METADATA_MS = 30_000  # a new partition is found after so long; aiokafka's own pace is five minutes
+_REQUEST_TIMEOUT_MS = 20_000  # a broker that does not answer is given up after it
 _CLOCK = re.compile(r"clock_ms=(\d+);offset=(\d+);")
 REJECT_BYTES_MAX = 256 << 10  # of a refused record that are kept: with its headers it must fit the broker's 1 MiB
 
 
 def client_options(settings: KafkaSettings) -> dict[str, Any]:
-    """Return what every client needs to reach the broker."""
-    return {"bootstrap_servers": settings.bootstrap_servers, "retry_backoff_ms": _RETRY_BACKOFF_MS}
+    """Return what every client needs to reach the broker and to be let in.
+
+    Raises:
+        ConfigError: a file is no longer what it was when the settings were read; the message names the setting.
+    """
+    return {
+        "bootstrap_servers": settings.bootstrap_servers,
+        "retry_backoff_ms": _RETRY_BACKOFF_MS,
+        "request_timeout_ms": _REQUEST_TIMEOUT_MS,
+        **_login(settings),
+    }
 
 
 def transactional_id(settings: KafkaSettings, partition: TopicPartition) -> str:
@@ -43,6 +66,8 @@ def points_consumer(settings: KafkaSettings) -> AIOKafkaConsumer:
         max_partition_fetch_bytes=_FETCH_BYTES,
         session_timeout_ms=_SESSION_TIMEOUT_MS,
         heartbeat_interval_ms=_SESSION_TIMEOUT_MS // 4,
+        rebalance_timeout_ms=_REBALANCE_TIMEOUT_MS,
+        metadata_max_age_ms=_METADATA_MS,
     )
 
 
@@ -112,11 +137,144 @@ def read_up_to(consumer: AIOKafkaConsumer, at: TopicPartition) -> int | None:
     In ms since 1970; None while something waits, or where nothing is known. It stands still while the broker cannot be
     reached, and does not wait for the markers of transactions, which are never handed out.
     """
-    # Neither is there in public: `position` waits, and the two must be of one answer of the broker.
+    state = _state(consumer, at)  # `position` in public waits, and the two must be of one answer of the broker
+    if state is None or state.timestamp is None:
+        return None
+    if not state.has_valid_position or state.position < state.highwater:
+        return None
+    return int(state.timestamp)
+
+
+def answered_ms(consumer: AIOKafkaConsumer, at: TopicPartition) -> int:
+    """Return when the broker last said anything of a partition, ms since 1970, 0 for not yet."""
+    state = _state(consumer, at)
+    return 0 if state is None or state.timestamp is None else int(state.timestamp)
+
+
+def lag(consumer: AIOKafkaConsumer, at: TopicPartition) -> int:
+    """Return how many offsets of a partition the consumer has not handed out, as far as the broker has said."""
+    state = _state(consumer, at)
+    if state is None or state.highwater is None or not state.has_valid_position:
+        return 0
+    return max(int(state.highwater) - int(state.position), 0)
+
+
+def _state(consumer: AIOKafkaConsumer, at: TopicPartition) -> Any:
+    """Return what aiokafka knows of a partition that is assigned; it tells nobody in public."""
     assigned = consumer._subscription.subscription
     if assigned is None or assigned.assignment is None or at not in assigned.assignment.tps:
         return None
-    state = assigned.assignment.state_value(at)
-    if state.timestamp is None or not state.has_valid_position or state.position < state.highwater:
-        return None
-    return int(state.timestamp)
+    return assigned.assignment.state_value(at)
+
+
+# -- security ---------------------------------------------------------------------------------------------------------
+
+
+def _login(settings: KafkaSettings) -> dict[str, Any]:
+    """Return what aiokafka's clients need to be let in."""
+    options: dict[str, Any] = {"security_protocol": settings.security_protocol}
+    if settings.security_protocol.endswith("SSL"):
+        options["ssl_context"] = tls_context(Certificates.of(KAFKA, settings))
+    if settings.security_protocol.startswith("SASL"):
+        _mend_and_hush()
+        options["sasl_mechanism"] = settings.sasl_mechanism
+        if settings.sasl_mechanism == "OAUTHBEARER":
+            options["sasl_oauth_token_provider"] = TokenFile(settings.sasl_token_file)
+        else:
+            options["sasl_plain_username"] = settings.sasl_username
+            options["sasl_plain_password"] = settings.sasl_password.get_secret_value()
+    return options
+
+
+class TokenFile(AbstractTokenProvider):  # type: ignore[misc]
+    """Gives each new connection the token that a file holds at that time.
+
+    A Kubernetes projected token, or what a side-car writes: it is renewed in place before it expires, and a broker
+    that ends connections with their token is met again with the new one.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    async def token(self) -> str:
+        """Return the token.
+
+        Raises:
+            OSError: the file cannot be read. aiokafka takes it for a connection that failed.
+        """
+        try:
+            return read_secret(self.path)
+        except ValueError as e:
+            raise OSError(f"{self.path}: {e}") from None
+
+
+class _NoCredentials(logging.Filter):
+    """Drops the records of aiokafka's connections that hold a login: at DEBUG it logs each request as it is."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        return not any(type(one).__name__.startswith("SaslAuthenticate") for one in arguments)
+
+
+@functools.cache
+def _mend_and_hush() -> None:
+    """Keep logins out of aiokafka's log, and make it hear when a broker refuses a token.
+
+    A broker answers a token that it does not accept with the reason, and waits for the client to give up (RFC 7628);
+    aiokafka 0.14 takes any answer for a yes, and fails later, with an AssertionError.
+    """
+    logging.getLogger("aiokafka.conn").addFilter(_NoCredentials())
+    step = OAuthAuthenticator.step
+
+    @functools.wraps(step)
+    async def checked(self: Any, payload: bytes | None) -> Any:
+        if self._token_sent and payload:
+            raise SaslAuthenticationFailed(f"the token is refused: {payload.decode(errors='replace')}")
+        return await step(self, payload)
+
+    OAuthAuthenticator.step = checked
+
+
+def missing_right(error: BaseException, settings: KafkaSettings, *, wish: str) -> str | None:
+    """Return which right an error of Kafka says is missing, or None if it says something else.
+
+    Args:
+        error: as aiokafka raised it.
+        settings: of the client.
+        wish: what it wanted of the topic, "Read" or "Write".
+    """
+    if isinstance(error, TopicAuthorizationFailedError):
+        return f"the right to {wish} topic {', '.join(_topics(error)) or '(unnamed)'}"
+    if isinstance(error, GroupAuthorizationFailedError):
+        return f"the right to Read group {settings.group}"
+    if isinstance(error, TransactionalIdAuthorizationFailed):
+        return f"the right to Write transactional ids that begin with {settings.group}-"
+    if isinstance(error, ClusterAuthorizationFailedError):
+        return "the right to IdempotentWrite on the cluster"
+    return None
+
+
+def _topics(error: BaseException) -> Iterator[str]:
+    for one in error.args:
+        yield from [one] if isinstance(one, str) else sorted(one) if isinstance(one, Iterable) else []
+
+
+def explained(error: BaseException, settings: KafkaSettings, *, wish: str = "Read") -> str:
+    """Return an error of Kafka in words: a missing right by its name, anything else as it is."""
+    right = missing_right(error, settings, wish=wish)
+    return repr(error) if right is None else f"{_user(settings)} lacks {right} (deploy/acl)"
+
+
+def _user(settings: KafkaSettings) -> str:
+    return f"user {settings.sasl_username}" if settings.sasl_username else "the user of this client"
+
+
+def login_setting(settings: KafkaSettings) -> str:
+    """Return which settings say who the client is: those to look at when it is not let in."""
+    if settings.sasl_mechanism == "OAUTHBEARER":
+        return f"{KAFKA}SASL_TOKEN_FILE"
+    if settings.sasl_mechanism:
+        return f"{KAFKA}SASL_USERNAME and {KAFKA}SASL_PASSWORD"
+    if settings.security_protocol == "SSL":
+        return f"{KAFKA}SSL_CAFILE and {KAFKA}SSL_CERTFILE"
+    return f"{KAFKA}SECURITY_PROTOCOL"

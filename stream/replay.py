@@ -81,12 +81,7 @@ async def replay(
         BrokerError: the broker cannot be reached or refuses.
     """
     topic = topic or settings.points_topic
-    await ensure_topics(
-        settings.bootstrap_servers,
-        {topic: settings.partitions},
-        replication_factor=settings.replication,
-        deadline_s=settings.connect_timeout_s,
-    )
+    await ensure_topics(settings, {topic: settings.partitions})
     producer = points_producer(settings)
     keys = [name.encode() for name in points.names]
     edges = np.append(np.flatnonzero(points.begins), len(points))  # of the records

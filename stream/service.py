@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from pydantic import SecretStr
 
 from models import repository
 from models.checkpoint import Checkpoint
@@ -50,8 +49,8 @@ def with_servers(settings: Settings, servers: Servers) -> Settings:
     patch_aborted_transactions()
     return settings.model_copy(
         update={
-            "kafka": settings.kafka.model_copy(update={"bootstrap_servers": servers.bootstrap_servers}),
-            "redis": settings.redis.model_copy(update={"url": SecretStr(servers.redis_url)}),
+            "kafka": settings.kafka.without_security(servers.bootstrap_servers),
+            "redis": settings.redis.without_security(servers.redis_url),
         }
     )
 
@@ -215,7 +214,7 @@ def make_worker(settings: Settings) -> Worker:
     def detectors(rules: RuleSet | None) -> Callable[[], Detector]:
         return detector_factory(settings, rules, models=models)
 
-    store = Store(settings.redis.url.get_secret_value(), prefix=settings.redis.prefix)
+    store = Store.of(settings.redis)
     return Worker(settings, detectors, store, file, models)
 
 
@@ -265,8 +264,8 @@ async def check_servers(settings: Settings) -> list[str]:
         BrokerError: the broker cannot be reached.
         StoreError: the store cannot be reached.
     """
-    await ensure_topics(settings.kafka.bootstrap_servers, {}, deadline_s=settings.kafka.connect_timeout_s)
-    store = Store(settings.redis.url.get_secret_value(), prefix=settings.redis.prefix)
+    await ensure_topics(settings.kafka, {})
+    store = Store.of(settings.redis)
     try:
         await store.connect(settings.redis.connect_timeout_s)
     finally:

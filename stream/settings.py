@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -18,10 +18,21 @@ from models.pot import PotConfig
 from stream.errors import ConfigError
 from stream.policy import HOUR_MS, Policy
 from stream.results import DetectorConfig
+from stream.security import check_kafka, read_secret, redis_options
 
 PREFIX = "TOCSIN_"
+FILE = "_FILE"  # a secret setting with this behind its name gives the file that holds the value
 SILENT_AFTER = 30  # intervals: the window of the bundled model, which has nothing to go by after them
 RESERVED = "TOCSIN_TEST_"  # the tests' own variables
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def _refuse(check: Callable[[S], object], settings: S) -> None:
+    try:
+        check(settings)
+    except ConfigError as e:
+        raise ValueError(str(e)) from None
 
 
 class Section(BaseModel):
@@ -47,7 +58,38 @@ class KafkaSettings(Section):
     connect_timeout_s: float = Field(30.0, gt=0, description="How long to try to reach the broker at start, seconds.")
     max_poll_records: int = Field(20_000, ge=1, description="Points in one batch, at most.")
     settle_interval_ms: int = Field(50, ge=0, description="Least time between two transactions of a partition, ms.")
+    delivery: Literal["exactly_once", "at_least_once"] = Field(
+        "exactly_once", description="exactly_once; at_least_once for a broker without transactions."
+    )
     unsettled_max: int = Field(100_000, ge=1, description="Points of a partition read but not settled; then it pauses.")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL, as the broker's listener has it."
+    )
+    sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = Field(
+        "", description="PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 or OAUTHBEARER; needed with SASL."
+    )
+    sasl_username: str = Field("", description="User, for PLAIN and SCRAM.")
+    sasl_password: SecretStr = Field(SecretStr(""), description="Password, for PLAIN and SCRAM.")
+    sasl_token_file: str = Field(
+        "", description="File that holds the token, for OAUTHBEARER; read again for each connection."
+    )
+    ssl_cafile: str = Field(
+        "", description="CA certificates, PEM, that the broker's must come from; empty: the system's."
+    )
+    ssl_certfile: str = Field("", description="Certificate of this client, PEM, with its chain; empty: none.")
+    ssl_keyfile: str = Field("", description="Its private key, PEM; empty: in the same file.")
+    ssl_keypassword: SecretStr = Field(SecretStr(""), description="Password of the private key.")
+    ssl_check_hostname: bool = Field(True, description="Whether the broker's certificate must bear its host name.")
+
+    @model_validator(mode="after")
+    def _security_fits_together(self) -> Self:
+        _refuse(check_kafka, self)
+        return self
+
+    def without_security(self, bootstrap_servers: str) -> Self:
+        """Return the same for another broker, one that lets everyone in."""
+        kept = {name for name in type(self).model_fields if not name.startswith(("security_", "sasl_", "ssl_"))}
+        return type(self)(**self.model_dump(include=kept) | {"bootstrap_servers": bootstrap_servers})
 
 
 class RedisSettings(Section):
@@ -57,6 +99,26 @@ class RedisSettings(Section):
     prefix: str = Field("tocsin", min_length=1, description="Prefix of every key.")
     connect_timeout_s: float = Field(30.0, gt=0, description="How long to try to reach the store at start, seconds.")
     flush_interval_s: float = Field(1.0, gt=0, description="Time between two writes of changed series, seconds.")
+    username: str = Field("", description="ACL user, if it is not in the URL.")
+    password: SecretStr = Field(SecretStr(""), description="Password, if it is not in the URL.")
+    ssl_cafile: str = Field(
+        "", description="CA certificates, PEM, that the server's must come from; empty: the system's."
+    )
+    ssl_certfile: str = Field("", description="Certificate of this client, PEM, with its chain; empty: none.")
+    ssl_keyfile: str = Field("", description="Its private key, PEM; empty: in the same file.")
+    ssl_keypassword: SecretStr = Field(SecretStr(""), description="Password of the private key.")
+    ssl_check_hostname: bool = Field(True, description="Whether the server's certificate must bear its host name.")
+
+    @model_validator(mode="after")
+    def _security_fits_together(self) -> Self:
+        _refuse(redis_options, self)
+        return self
+
+    def without_security(self, url: str) -> Self:
+        """Return the same for another store, one that lets everyone in."""
+        secure = ("username", "password")
+        kept = {name for name in type(self).model_fields if name not in secure and not name.startswith("ssl_")}
+        return type(self)(**self.model_dump(include=kept) | {"url": SecretStr(url)})
 
 
 class PotSettings(Section):
@@ -115,6 +177,9 @@ class Settings(BaseSettings):
     recover_after: int = Field(3, ge=1, description="Normal points in a row that resolve an incident.")
     accept_after_h: float = Field(12.0, gt=0, description="An incident this long is taken for the new normal, hours.")
     future_limit_s: float = Field(600.0, gt=0, description="How far ahead of its arrival a point may lie, seconds.")
+    shutdown_timeout_s: float = Field(
+        20.0, gt=0, description="How long a stop may take to settle and to write the state, seconds."
+    )
     source: str = Field("tocsin", pattern=r"^[!-~]+$", description="CloudEvents source of the events, a URI reference.")
     log_level: str = Field(
         "INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Logs on stderr from this level."
@@ -181,8 +246,11 @@ class _Environment(EnvSettingsSource):
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Read the settings from the environment.
 
+    A secret may stand in a file, as Kubernetes and Docker mount them: `TOCSIN_REDIS__PASSWORD_FILE` names it.
+
     Raises:
-        ConfigError: a name that no setting has (with the nearest one that exists), or a value out of its bounds.
+        ConfigError: a name that no setting has (with the nearest one that exists), a value out of its bounds, or a
+            file that cannot be read.
     """
     environ = os.environ if environ is None else environ
     names = [name for name, _, _ in known_names()]
@@ -190,14 +258,31 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         upper = variable.upper()
         if not upper.startswith(PREFIX) or upper.startswith(RESERVED):
             continue
-        if upper not in names:
+        if upper not in names and upper.removesuffix(FILE) not in _SECRETS:
             near = difflib.get_close_matches(upper, names, n=1)
             hint = f"did you mean {near[0]}?" if near else "`tocsin check --settings` lists them"
             raise ConfigError(f"{variable}: there is no such setting; {hint}")
     try:
-        return Settings(**_Environment(environ)())
+        return Settings(**_Environment(_with_files(environ))())
     except ValidationError as e:
         raise ConfigError(_explain(e)) from None
+
+
+def _with_files(environ: Mapping[str, str]) -> dict[str, str]:
+    """Put the contents of the files in the place of the variables that name them."""
+    values = dict(environ)
+    for variable, path in environ.items():
+        name = variable.upper().removesuffix(FILE)
+        if name not in _SECRETS or name == variable.upper():
+            continue
+        del values[variable]
+        if any(other.upper() == name and value for other, value in environ.items()):
+            raise ConfigError(f"{variable} is set, and {name} too: leave one of them out")
+        try:
+            values[name] = read_secret(path)
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"{variable}={path}: {e.strerror if isinstance(e, OSError) else e}") from None
+    return values
 
 
 def _explain(error: ValidationError) -> str:
@@ -206,5 +291,6 @@ def _explain(error: ValidationError) -> str:
         name = PREFIX + "__".join(str(part).upper() for part in item["loc"])
         secret = name in _SECRETS or isinstance(item["input"], dict)  # of a section, which may hold one
         value = "" if secret else f"={str(item['input'])[:60]!r}"
-        problems.append(f"{name}{value}: {item['msg'].removeprefix('Value error, ')}")
+        message = item["msg"].removeprefix("Value error, ")
+        problems.append(message if message.startswith(f"{name}__") else f"{name}{value}: {message}")
     return "; ".join(problems)

@@ -26,6 +26,8 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from stream.errors import ConfigError, StoreError
+from stream.security import redis_options
+from stream.settings import RedisSettings
 
 OFFSET_FIELD = b"\x00offset"  # a series' name holds no control characters
 
@@ -64,12 +66,15 @@ class Store:
         url: redis://, rediss:// or unix://, with user and password if need be.
         prefix: first part of every key.
         socket_timeout_s: how long a command may take.
+        options: of redis-py, what the URL does not say of user and TLS.
 
     Raises:
         ConfigError: the URL is none.
     """
 
-    def __init__(self, url: str, *, prefix: str = "tocsin", socket_timeout_s: float = _SOCKET_TIMEOUT_S) -> None:
+    def __init__(
+        self, url: str, *, prefix: str = "tocsin", socket_timeout_s: float = _SOCKET_TIMEOUT_S, **options: Any
+    ) -> None:
         self.address = redacted(url)
         self._prefix = prefix
         try:
@@ -77,12 +82,22 @@ class Store:
                 url,
                 socket_timeout=socket_timeout_s,
                 retry=Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.05), _RETRIES),
+                **options,
             )
         except (ValueError, TypeError):
             # Without its cause: a malformed URL's error may quote the password.
             raise ConfigError(
                 f"{_SETTING} ({self.address}) is no Redis URL: redis://[user:password@]host:port/db, rediss:// for TLS"
             ) from None
+
+    @classmethod
+    def of(cls, settings: RedisSettings) -> Self:
+        """Return the store that the settings name, with what they say of user and TLS.
+
+        Raises:
+            ConfigError: they are wrong; the message names the setting.
+        """
+        return cls(settings.url.get_secret_value(), prefix=settings.prefix, **redis_options(settings))
 
     async def __aenter__(self) -> Self:
         return self

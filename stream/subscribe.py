@@ -151,12 +151,7 @@ async def _follow(
 ) -> AsyncGenerator[Event, None]:
     patch_aborted_transactions()  # of `tocsin up`: whoever was given its address reads from it too
     # A consumer of a topic that does not exist yet would look for it again after minutes only.
-    partitions = await ensure_topics(
-        settings.bootstrap_servers,
-        {topic: settings.partitions},
-        replication_factor=settings.replication,
-        deadline_s=settings.connect_timeout_s,
-    )
+    partitions = await ensure_topics(settings, {topic: settings.partitions})
     consumer = AIOKafkaConsumer(
         **client_options(settings),
         enable_auto_commit=False,

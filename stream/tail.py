@@ -61,7 +61,7 @@ async def read_tail(
         BrokerError: the broker cannot be reached, or refuses.
     """
     patch_aborted_transactions()
-    await ensure_topics(settings.bootstrap_servers, {}, deadline_s=settings.connect_timeout_s)  # says why, if not
+    await ensure_topics(settings, {})  # says why, if not
     consumer = reader(settings)
     try:
         await consumer.start()

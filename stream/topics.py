@@ -8,7 +8,6 @@ import logging
 import ssl
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.conn import collect_hosts, create_conn
@@ -22,6 +21,8 @@ from aiokafka.protocol.metadata import MetadataRequest
 
 from stream.embedded import CLUSTER_ID
 from stream.errors import BrokerError, ConfigError
+from stream.kafka import client_options, explained, login_setting
+from stream.settings import KafkaSettings
 
 _SETTING = "TOCSIN_KAFKA__BOOTSTRAP_SERVERS"
 _REQUEST_MS = 10_000
@@ -31,13 +32,12 @@ _EMBEDDED_CONFIGS = {"retention.ms": "-1"}  # the embedded broker takes a week-o
 
 
 async def ensure_topics(
-    bootstrap_servers: str,
+    settings: KafkaSettings | str,
     topics: Mapping[str, int],
     *,
-    replication_factor: int = -1,
+    replication_factor: int | None = None,
     configs: Mapping[str, str] | None = None,
-    deadline_s: float = 30.0,
-    **client: Any,
+    deadline_s: float | None = None,
 ) -> dict[str, int]:
     """Create the topics that do not exist; returns the number of partitions that each has.
 
@@ -45,17 +45,22 @@ async def ensure_topics(
     it tells whether the broker can be reached.
 
     Args:
-        bootstrap_servers: host:port,…
+        settings: where the broker is and how it lets us in; a host:port,… alone for one that lets everyone in.
         topics: name -> partitions of a topic to be created.
-        replication_factor: replicas of each; -1: the broker's default.
+        replication_factor: replicas of each; -1: the broker's default; None: as the settings say.
         configs: topic settings of those created, e.g. {"retention.ms": "604800000"}.
-        deadline_s: how long to try, in seconds, while the broker cannot be reached or is not ready.
-        client: further options of aiokafka's clients (security).
+        deadline_s: how long to try, in seconds, while the broker cannot be reached or is not ready; None: as the
+            settings say.
 
     Raises:
         BrokerError: the broker cannot be reached in time or refuses; the message says why and names the setting.
-        ConfigError: `bootstrap_servers` is no list of hosts and ports.
+        ConfigError: the bootstrap servers are no list of hosts and ports.
     """
+    settings = _settings(settings)
+    bootstrap_servers = settings.bootstrap_servers
+    replication_factor = settings.replication if replication_factor is None else replication_factor
+    deadline_s = settings.connect_timeout_s if deadline_s is None else deadline_s
+    options = client_options(settings)
     try:
         collect_hosts(bootstrap_servers)
     except ValueError as e:
@@ -63,9 +68,8 @@ async def ensure_topics(
     started = time.monotonic()
     pause_s = _BACKOFF_S[0]
     while True:
-        admin = AIOKafkaAdminClient(
-            bootstrap_servers=bootstrap_servers, **{"request_timeout_ms": _REQUEST_MS, **client}
-        )  # anew each time: it does not find its way round a node that died
+        # Anew each time: it does not find its way round a node that died.
+        admin = AIOKafkaAdminClient(**options, request_timeout_ms=_REQUEST_MS)
         try:
             remaining_s = max(deadline_s - (time.monotonic() - started), 0.1)
             with _unsaid():
@@ -83,10 +87,13 @@ async def ensure_topics(
         if isinstance(problem, _Refused):
             raise BrokerError(f"the broker at {bootstrap_servers} refuses {problem}") from problem.__cause__
         if isinstance(problem, KafkaError) and not problem.retriable:
-            raise BrokerError(f"the broker at {bootstrap_servers} fails: {problem}") from problem
-        in_vain, reason = await why_unreachable(bootstrap_servers, **client)
+            why = explained(problem, settings, wish="Describe")
+            raise BrokerError(f"the broker at {bootstrap_servers} fails: {why}") from problem
+        in_vain, reason = await why_unreachable(settings)
         if in_vain:
-            raise BrokerError(f"the broker at {bootstrap_servers} lets us not in: {reason}") from problem
+            raise BrokerError(
+                f"the broker at {bootstrap_servers} lets us not in: {reason}; see {login_setting(settings)}"
+            ) from problem
         if tried_s + pause_s >= deadline_s:
             raise BrokerError(
                 f"cannot reach the broker at {bootstrap_servers} (tried for {tried_s:.1f} s): "
@@ -94,6 +101,10 @@ async def ensure_topics(
             ) from problem
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, _BACKOFF_S[1])
+
+
+def _settings(settings: KafkaSettings | str) -> KafkaSettings:
+    return KafkaSettings(bootstrap_servers=settings) if isinstance(settings, str) else settings
 
 
 @contextlib.contextmanager
@@ -159,20 +170,24 @@ async def _partitions(admin: AIOKafkaAdminClient, topics: Mapping[str, int]) -> 
     return present
 
 
-async def why_unreachable(bootstrap_servers: str, **client: Any) -> tuple[bool, str]:
+async def why_unreachable(settings: KafkaSettings | str) -> tuple[bool, str]:
     """Return whether trying again is in vain, and the reason that aiokafka's clients only log.
 
     Args:
-        bootstrap_servers: host:port,…
-        client: further options of aiokafka's clients (security).
+        settings: where the broker is and how it lets us in; a host:port,… alone for one that lets everyone in.
 
     Returns:
         (False, "") if a server of the list lets us in.
     """
-    options = {name: value for name, value in client.items() if name.startswith(("sasl_", "ssl_", "security_"))}
+    settings = _settings(settings)
+    options = {
+        name: value
+        for name, value in client_options(settings).items()
+        if name.startswith(("sasl_", "ssl_", "security_"))
+    }
     reasons: list[str] = []
     in_vain = False
-    for host, port, _ in collect_hosts(bootstrap_servers):
+    for host, port, _ in collect_hosts(settings.bootstrap_servers):
         try:
             async with asyncio.timeout(_PROBE_S):
                 connection = await create_conn(host, port, request_timeout_ms=int(_PROBE_S * 1000), **options)

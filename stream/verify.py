@@ -203,12 +203,7 @@ async def _reading(
     settings: KafkaSettings, topic: str, consumer: AIOKafkaConsumer
 ) -> AsyncIterator[list[TopicPartition]]:
     try:
-        count = await ensure_topics(
-            settings.bootstrap_servers,
-            {topic: settings.partitions},
-            replication_factor=settings.replication,
-            deadline_s=settings.connect_timeout_s,
-        )
+        count = await ensure_topics(settings, {topic: settings.partitions})
         await consumer.start()
         at = [TopicPartition(topic, number) for number in range(count[topic])]
         consumer.assign(at)

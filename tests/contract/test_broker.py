@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -15,6 +14,7 @@ from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from stream.embedded import is_embedded_broker
 from stream.errors import BrokerError, ConfigError
+from stream.settings import KafkaSettings
 from stream.topics import ensure_topics, why_unreachable
 from tests.servers import KafkaServer, why_no_kafka
 
@@ -328,16 +328,16 @@ async def test_a_refused_password_is_said_at_once_and_not_shown(topic: str) -> N
         "sasl.enabled.mechanisms": "PLAIN",
         "listener.name.sasl_plaintext.plain.sasl.jaas.config": users,
     }
-    options: dict[str, Any] = {
-        "security_protocol": "SASL_PLAINTEXT",
-        "sasl_mechanism": "PLAIN",
-        "sasl_plain_username": "tocsin",
-    }
+    login = {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "PLAIN", "sasl_username": "tocsin"}
+
+    def client(password: str) -> KafkaSettings:
+        return KafkaSettings.model_validate({"bootstrap_servers": server.bootstrap, "sasl_password": password, **login})
+
     async with server:
-        made = await ensure_topics(server.bootstrap, {topic: 1}, **options, sasl_plain_password="right")
+        made = await ensure_topics(client("right"), {topic: 1})
         assert made == {topic: 1}
         started = time.monotonic()
         with pytest.raises(BrokerError, match="Invalid username or password") as caught:
-            await ensure_topics(server.bootstrap, {topic: 1}, **options, sasl_plain_password="s3cret")
+            await ensure_topics(client("s3cret"), {topic: 1})
         assert time.monotonic() - started < 10
         assert "s3cret" not in str(caught.value)

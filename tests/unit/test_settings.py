@@ -7,6 +7,7 @@ from stream.errors import ConfigError
 from stream.policy import Policy
 from stream.results import DetectorConfig
 from stream.settings import PREFIX, Settings, _explain, known_names, load_settings
+from tests.certificates import Authority
 
 SECRET = "hunter2-and-more"
 
@@ -114,6 +115,19 @@ def test_all_bad_values_are_named_at_once() -> None:
     assert "\n" not in str(e.value)
 
 
+SASL = {
+    "TOCSIN_KAFKA__SECURITY_PROTOCOL": "SASL_SSL",
+    "TOCSIN_KAFKA__SASL_MECHANISM": "PLAIN",
+    "TOCSIN_KAFKA__SASL_USERNAME": "u",
+}
+COMPANIONS = {  # what has to be set with a secret
+    "TOCSIN_KAFKA__SASL_PASSWORD": SASL,
+    "TOCSIN_KAFKA__SSL_KEYPASSWORD": {"TOCSIN_KAFKA__SECURITY_PROTOCOL": "SSL", "TOCSIN_KAFKA__SSL_CERTFILE": "PEM"},
+    "TOCSIN_REDIS__PASSWORD": {"TOCSIN_REDIS__URL": "redis://host"},
+    "TOCSIN_REDIS__SSL_KEYPASSWORD": {"TOCSIN_REDIS__URL": "rediss://host", "TOCSIN_REDIS__SSL_CERTFILE": "PEM"},
+}
+
+
 def secrets() -> list[str]:
     return [name for name, _, default in known_names() if isinstance(default, SecretStr)]
 
@@ -123,12 +137,14 @@ def test_there_are_secrets_to_keep() -> None:
 
 
 @pytest.mark.parametrize("variable", secrets())
-def test_a_secret_shows_nowhere(variable: str) -> None:
-    settings = load_settings({variable: SECRET})
+def test_a_secret_shows_nowhere(variable: str, tmp_path: Path) -> None:
+    pem = Authority.new(tmp_path).client("tocsin", password=SECRET)
+    beside = {name: value.replace("PEM", pem) for name, value in COMPANIONS.get(variable, {}).items()}
+    settings = load_settings({variable: SECRET, **beside})
     assert SECRET not in repr(settings) + str(settings) + settings.model_dump_json() + repr(settings.model_dump())
     for wrong in ("TOCSIN_KAFKA__PARTITIONS", "TOCSIN_REDIS__FLUSH_INTERVAL_S", "TOCSIN_NO_SUCH"):
         with pytest.raises(ConfigError) as e:
-            load_settings({variable: SECRET, wrong: "x"})
+            load_settings({variable: SECRET, wrong: "x", **beside})
         assert SECRET not in str(e.value) + repr(e.value)
         assert e.value.__cause__ is None
         assert e.value.__context__ is None or e.value.__suppress_context__, "a traceback would show pydantic's message"
