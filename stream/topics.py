@@ -69,7 +69,7 @@ async def ensure_topics(
     pause_s = _BACKOFF_S[0]
     while True:
         # Anew each time: it does not find its way round a node that died.
-        admin = AIOKafkaAdminClient(**options, request_timeout_ms=_REQUEST_MS)
+        admin = AIOKafkaAdminClient(**options | {"request_timeout_ms": _REQUEST_MS})
         try:
             remaining_s = max(deadline_s - (time.monotonic() - started), 0.1)
             with _unsaid():
