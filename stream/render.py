@@ -152,7 +152,7 @@ def print_models(found: ModelDifference) -> None:
         [f"by {found.first} only", str(len(found.only_first))],
         [f"by {found.second} only", str(len(found.only_second))],
     ]
-    for line in _table(rows, right=(1,)):
+    for line in table(rows, right=(1,)):
         out.print(line)
     for name, only in ((found.first, found.only_first), (found.second, found.only_second)):
         for one in only[:_SEGMENTS_SHOWN]:
@@ -221,7 +221,7 @@ def summary_lines(summary: Summary) -> list[Text]:
         for segment in summary.segments[:_SEGMENTS_SHOWN]:
             rows.append([*_span(summary.segments, segment), f"{segment.points:,}", _caught(segment)])
             rows[-1] += [segment.kpi] * several
-        lines += _table(rows, right=(2,))
+        lines += table(rows, right=(2,))
         if len(summary.segments) > _SEGMENTS_SHOWN:
             lines.append(Text(f"… and {len(summary.segments) - _SEGMENTS_SHOWN:,} more"))
         lines.append(Text())
@@ -240,7 +240,7 @@ def summary_lines(summary: Summary) -> list[Text]:
         figures.append(["labelled segments caught", f"{summary.caught} of {len(summary.segments)}"])
         figures.append(["false alarms", f"{summary.false_alarms:,}"])
     figures.append(["points per second", f"{summary.points_per_s:,.0f} ({summary.elapsed_s:.1f} s)"])
-    return lines + _table(figures)
+    return lines + table(figures)
 
 
 def _caught(segment: Segment) -> str:
@@ -259,7 +259,8 @@ def _span(segments: Sequence[Segment], segment: Segment) -> tuple[str, str]:
     return start[5 * cut_year :], f"– {end[skipped:]}" if end != start else ""
 
 
-def _table(rows: list[list[str]], *, right: tuple[int, ...] = ()) -> list[Text]:
+def table(rows: list[list[str]], *, right: tuple[int, ...] = ()) -> list[Text]:
+    """Return rows as lines, each column as wide as its widest cell; those of `right` stand on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

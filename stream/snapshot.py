@@ -4,21 +4,23 @@ A blob is a header (magic, version, shape of the window, length, model, crc32 of
 one packed little-endian record of fixed length, so that thousands are packed by columns at once, and behind it, in
 MessagePack, what only some series have: points that are held, cells that are open, what late points may still prove
 wrong. A series that is judged by a second model, in the shadow of the first, has a second blob. No blob can execute
-anything; a damaged one, or one of an unknown version, is refused by the name of its series.
+anything; a damaged one, or one of an unknown version, is refused by the name of its series. One of an earlier version
+is brought forward (`versions`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from stream import events
+from models.pot import PotConfig, Spot
+from stream import events, versions
 from stream.columns import AnyArray, BoolArray, Columns, Int32Array, Int64Array, name_problem
 from stream.detector import Detector
 from stream.errors import StateError
@@ -30,8 +32,7 @@ from stream.placing import NO_PHASE, Placing
 from stream.revision import Statement
 from stream.waiting import NONE as NOT_CLOSED
 
-VERSION = 2
-_MAGIC = b"TK"
+VERSION = 2  # of the layout below; another one needs a step in `versions`
 _HEADER = np.dtype(
     [
         ("magic", "S2"),
@@ -48,6 +49,8 @@ _WINDOW_FIELDS = ("newest", "filled", "origin", "seen", "actual", "step_mean", "
 _RING_FIELDS = ("seen", "actual")
 SHADOW = b"\x00shadow"  # ends the name of a second blob; that of a series holds no control characters
 _SILENCE_FIELDS = (("heard_ms", "last_ms"), ("arrived_ms", "arrived_ms"), ("silent", "silent"))
+
+_INCIDENTS = Incidents()  # for the types of its arrays
 
 _Point = tuple[int, float, int]  # event time, value, feature
 
@@ -82,7 +85,11 @@ def model_id(ref: str) -> int:
 
 def row_dtype(group: Group, window: int | None = None) -> np.dtype[np.void]:
     """Return the packed record of one series: grid, silence, window, incident, threshold."""
-    w, f = window or group.window, group.features
+    return record_dtype(window or group.window, group.features, group.threshold.dtype)
+
+
+def record_dtype(w: int, f: int, threshold: np.dtype[Any]) -> np.dtype[np.void]:
+    """Return the packed record of a series of W cells and F features, with a threshold of this layout."""
     return np.dtype(
         [
             ("interval_ms", "<i8"),
@@ -103,8 +110,8 @@ def row_dtype(group: Group, window: int | None = None) -> np.dtype[np.void]:
             ("step_mean", "<f8", (f,)),
             ("steps", "<u2", (f,)),
             ("learned", "u1", ((w * f + 7) // 8,)),
-            *((name, getattr(group.incidents, name).dtype.newbyteorder("<")) for name in Incidents.ARRAYS),
-            ("threshold", group.threshold.dtype),
+            *((name, getattr(_INCIDENTS, name).dtype.newbyteorder("<")) for name in Incidents.ARRAYS),
+            ("threshold", threshold),
         ]
     )
 
@@ -147,14 +154,14 @@ def _blobs(
         rows[name] = getattr(detector.silence, array)[slots]
     tails = _tails(group, at)
     header = np.zeros((), _HEADER)
-    header["magic"], header["version"], header["kind"] = _MAGIC, VERSION, b"S"
+    header["magic"], header["version"], header["kind"] = versions.MAGIC, VERSION, b"S"
     header["window"], header["features"] = group.window, group.features
     header["model"] = model_id(group.served.ref)
     packed, size = rows.tobytes(), rows.dtype.itemsize
     for i, (field, row) in enumerate(zip(fields, at.tolist(), strict=True)):
         body = packed[i * size : (i + 1) * size] + tails.get(row, b"")
         header["length"], header["crc32"] = len(body), 0
-        header["crc32"] = _checksum(field, header.tobytes(), body)
+        header["crc32"] = versions.checksum(field, header.tobytes(), body)
         blobs[field] = header.tobytes() + body
     return blobs
 
@@ -214,11 +221,6 @@ def _revisable(group: Group, slot: int) -> _Revisable:
     )
 
 
-def _checksum(field: bytes, header: bytes, body: bytes) -> int:
-    """Return the crc32 of a blob without the checksum itself, which ends the header, under the name of its series."""
-    return zlib.crc32(body, zlib.crc32(header[:-4], zlib.crc32(field)))
-
-
 # -- and back ---------------------------------------------------------------------------------------------------------
 
 
@@ -249,11 +251,12 @@ def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
     refused: list[StateError] = []
     sorts: dict[tuple[bool, int, int], list[_Blob]] = defaultdict(list)  # by shadow, group and window
     opened: list[tuple[str, bool, int, AnyArray, bytes]] = []
+    threshold = threshold_dtype(detector.config.pot)
     for field, blob in blobs.items():
         shadow = field.endswith(SHADOW)
         name = field.removesuffix(SHADOW).decode("utf-8", "replace")
         try:
-            header, body = _open(field, blob)
+            header, body = opened_blob(field, blob, threshold)
             if problem := name_problem(name):
                 raise StateError(f"state of {name!r}: {problem}")
             if int(header["features"]) > 1:
@@ -291,19 +294,28 @@ def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
     return Restored(series, recalibrating, refused)
 
 
-def _open(field: bytes, blob: bytes) -> tuple[AnyArray, bytes]:
+def threshold_dtype(pot: PotConfig) -> np.dtype[Any]:
+    """Return the layout of a threshold, which depends on the size of its ring."""
+    return Spot(pot).dtype
+
+
+def opened_blob(field: bytes, blob: bytes, threshold: np.dtype[Any]) -> tuple[AnyArray, bytes]:
+    """Return header and body of a blob, brought to the version of now.
+
+    Raises:
+        StateError: it is none, damaged, or of an unknown version.
+    """
     name = field.decode("utf-8", "replace")
-    if len(blob) >= 3 and blob[:2] == _MAGIC and blob[2] != VERSION:
-        raise StateError(f"state of {name!r}: version {blob[2]} is unknown, this program reads {VERSION}")
+    blob = versions.brought_to(VERSION, field, blob, threshold)
     if len(blob) < _HEADER.itemsize:
         raise StateError(f"state of {name!r}: {len(blob)} bytes are too few for a header")
     header = np.frombuffer(blob[: _HEADER.itemsize], _HEADER)[0]
     body = blob[_HEADER.itemsize :]
-    if header["magic"] != _MAGIC:
+    if header["magic"] != versions.MAGIC:
         raise StateError(f"state of {name!r}: this is no state of Tocsin (it starts with {blob[:2]!r})")
     if header["kind"] != b"S":
         raise StateError(f"state of {name!r}: kind {bytes(header['kind'])!r} is unknown")
-    if header["length"] != len(body) or header["crc32"] != _checksum(field, blob[: _HEADER.itemsize], body):
+    if header["length"] != len(body) or header["crc32"] != versions.checksum(field, blob[: _HEADER.itemsize], body):
         raise StateError(f"state of {name!r}: damaged (length or checksum is wrong)")
     return header, body
 

@@ -21,6 +21,8 @@ CORE = (
         "group",
         "places",
         "snapshot",
+        "versions",
+        "inspection",
     ),
     *("grid", "judged", "placing", "waiting", "windows", "incidents", "revision", "silence"),
 )

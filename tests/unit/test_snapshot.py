@@ -399,8 +399,13 @@ def assert_refused(name: bytes, blob: bytes) -> None:
         (b"open", b"", "0 bytes are too few for a header"),
         (b"open", BLOBS[b"open"][:27], "27 bytes are too few for a header"),
         (b"open", b"{}" + BLOBS[b"open"][2:], r"this is no state of Tocsin \(it starts with b'\{\}'\)"),
-        (b"open", BLOBS[b"open"][:2] + b"\x63" + BLOBS[b"open"][3:], "version 99 is unknown, this program reads 2"),
-        (b"open", b"TK\x01", "version 1 is unknown, this program reads 2"),
+        (
+            b"open",
+            BLOBS[b"open"][:2] + b"\x63" + BLOBS[b"open"][3:],
+            "version 99 is unknown, this program reads 1 to 2; a later",
+        ),
+        (b"open", b"TK\x00", "version 0 is unknown, this program reads 1 to 2; nothing leads from it"),
+        (b"open", b"TK\x01", "version 1: 3 bytes are too few for a header"),
         (b"open", BLOBS[b"open"][:3] + b"P" + BLOBS[b"open"][4:], "kind b'P' is unknown"),
         (b"open", BLOBS[b"open"][:-1] + b"\x55", "damaged"),
         (b"waiting", BLOBS[b"open"], "damaged"),  # another series' state under this name
