@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import enum
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
@@ -176,6 +176,7 @@ class Store:
         deleted: Collection[bytes] = (),
         base: int | None = None,
         whole: bool = False,
+        back: bool = False,
     ) -> Saved:
         """Store a partition's changed series and the offset that they belong to, all or nothing.
 
@@ -191,6 +192,7 @@ class Store:
             deleted: series to forget.
             base: offset of the stored state that this is a change of, the last one saved or loaded; None: not checked.
             whole: `blobs` is all there is: whatever is stored is replaced.
+            back: even if it is a later state. For people only, who put an old one back: a worker must not.
 
         Returns:
             DONE; OUTDATED, nothing done: the stored offset is a later one, this worker was evicted; LOST, nothing done:
@@ -210,7 +212,7 @@ class Store:
                     await call("WATCH", key)
                     stored = _parsed(await call("HGET", key, OFFSET_FIELD))
                     refused = _refused(stored, offset, None if whole else base)
-                    if refused is not None:
+                    if refused is not None and not (back and refused is Saved.OUTDATED):
                         await call("UNWATCH")
                         return refused
                     await call("MULTI")
@@ -234,6 +236,35 @@ class Store:
         key = self._key(group, topic, partition)
         with self._wrapped(f"drop {key}"):
             await cast(Awaitable[Any], self._redis.unlink(key))
+
+    async def fields(
+        self, group: str, topic: str, partition: int, names: Sequence[bytes]
+    ) -> tuple[int, dict[bytes, bytes]] | None:
+        """Return the offset of a partition's state and what it has of these fields, of one time; None without a state.
+
+        Raises:
+            StoreError: the store fails.
+        """
+        key = self._key(group, topic, partition)
+        with self._wrapped(f"read {key}"):
+            offset, *found = await cast(Awaitable[list[Any]], self._redis.hmget(key, [OFFSET_FIELD, *names]))
+        known = _parsed(offset)
+        if known is None:
+            return None
+        return known, {name: value for name, value in zip(names, found, strict=True) if value is not None}
+
+    async def pieces(self, group: str, topic: str, partition: int) -> AsyncIterator[dict[bytes, bytes]]:
+        """Yield the fields of a partition's state, the offset among them, in pieces of a few MB.
+
+        Unlike what `load` returns it may be of several times, and a field may come twice: to count by, not to keep.
+
+        Raises:
+            StoreError: the store fails.
+        """
+        key = self._key(group, topic, partition)
+        with self._wrapped(f"read {key}"):
+            async for piece in self._pieces(key):
+                yield piece
 
     async def close(self) -> None:
         """Let go of all connections; never fails."""
@@ -270,15 +301,20 @@ class Store:
 
     async def _scan(self, key: str) -> dict[bytes, bytes]:
         fields: dict[bytes, bytes] = {}
-        cursor, count, size = 0, _FIRST_SCAN, 0
+        async for piece in self._pieces(key):
+            fields.update(piece)
+        return fields
+
+    async def _pieces(self, key: str) -> AsyncIterator[dict[bytes, bytes]]:
+        cursor, count, size, seen = 0, _FIRST_SCAN, 0, 0
         while True:
             answer = await self._redis.hscan(key, cursor, count=count)
             cursor, part = answer[0], cast(dict[bytes, bytes], answer[1])
-            fields.update(part)
+            yield part
             if not cursor:
-                return fields
-            size += sum(map(len, part.values()))
-            mean = size / max(len(fields), 1) + 1
+                return
+            size, seen = size + sum(map(len, part.values())), seen + len(part)
+            mean = size / max(seen, 1) + 1
             count = min(max(int(_CHUNK_BYTES / mean), 1), _MAX_SCAN)
 
     @contextlib.contextmanager
