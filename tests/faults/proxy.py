@@ -152,30 +152,33 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         try:
-            try:
-                from_server, to_server = await asyncio.open_connection(LOOPBACK, self.target_port)
-            except OSError:  # the server is down
-                writer.transport.abort()
-                return
-            link = _Link(self, writer, to_server)
-            self._links.add(link)
-            ways = [
-                asyncio.create_task(link.carry(reader, to_server)),
-                asyncio.create_task(link.carry(from_server, writer)),
-            ]
-            try:
-                done, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION)
-                if any(way.exception() for way in done):  # one side has reset its connection: so does the other
-                    link.reset()
-            finally:
-                self._links.discard(link)
-                for way in ways:
-                    way.cancel()
-                await asyncio.gather(*ways, return_exceptions=True)
-                for one in (writer, to_server):
-                    one.close()
+            await self._carry(reader, writer)
+        except OSError:  # the server is down
+            writer.transport.abort()
+        except asyncio.CancelledError:  # by `close` alone; asyncio would log it
+            writer.transport.abort()
         finally:
             self._tasks.discard(task)
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_server, to_server = await asyncio.open_connection(LOOPBACK, self.target_port)
+        link = _Link(self, writer, to_server)
+        self._links.add(link)
+        ways = [
+            asyncio.create_task(link.carry(reader, to_server)),
+            asyncio.create_task(link.carry(from_server, writer)),
+        ]
+        try:
+            done, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION)
+            if any(way.exception() for way in done):  # one side has reset its connection: so does the other
+                link.reset()
+        finally:
+            self._links.discard(link)
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            for one in (writer, to_server):
+                one.close()
 
     async def close(self) -> None:
         """Stop listening and cut all links."""
