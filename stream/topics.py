@@ -12,16 +12,20 @@ from collections.abc import Iterator, Mapping
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.conn import collect_hosts, create_conn
 from aiokafka.errors import (
+    KafkaConnectionError,
     KafkaError,
+    SaslAuthenticationFailed,
     TopicAlreadyExistsError,
     UnknownTopicOrPartitionError,
+    UnsupportedSaslMechanismError,
     for_code,
 )
 from aiokafka.protocol.metadata import MetadataRequest
 
 from stream.embedded import CLUSTER_ID
 from stream.errors import BrokerError, ConfigError
-from stream.kafka import client_options, explained, login_setting
+from stream.kafka import client_options, explained
+from stream.security import KAFKA
 from stream.settings import KafkaSettings
 
 _SETTING = "TOCSIN_KAFKA__BOOTSTRAP_SERVERS"
@@ -91,9 +95,7 @@ async def ensure_topics(
             raise BrokerError(f"the broker at {bootstrap_servers} fails: {why}") from problem
         in_vain, reason = await why_unreachable(settings)
         if in_vain:
-            raise BrokerError(
-                f"the broker at {bootstrap_servers} lets us not in: {reason}; see {login_setting(settings)}"
-            ) from problem
+            raise BrokerError(f"the broker at {bootstrap_servers} lets us not in: {reason}") from problem
         if tried_s + pause_s >= deadline_s:
             raise BrokerError(
                 f"cannot reach the broker at {bootstrap_servers} (tried for {tried_s:.1f} s): "
@@ -166,7 +168,9 @@ async def _partitions(admin: AIOKafkaAdminClient, topics: Mapping[str, int]) -> 
             if all(partition["leader"] >= 0 for partition in topic["partitions"]):
                 present[topic["topic"]] = len(topic["partitions"])
         elif error is not UnknownTopicOrPartitionError and not error.retriable:
-            raise _Refused(f"to describe topic {topic['topic']}: {error.description or error.__name__}") from error()
+            raise _Refused(f"to describe topic {topic['topic']}: {error.description or error.__name__}") from error(
+                topic["topic"]
+            )
     return present
 
 
@@ -191,20 +195,37 @@ async def why_unreachable(settings: KafkaSettings | str) -> tuple[bool, str]:
         try:
             async with asyncio.timeout(_PROBE_S):
                 connection = await create_conn(host, port, request_timeout_ms=int(_PROBE_S * 1000), **options)
+                try:
+                    # A listener with SASL tells its versions to everyone, and goes at the first question after that.
+                    await connection.send(MetadataRequest([]))
+                finally:
+                    connection.close()
         except Exception as e:  # whatever it is, it is what the user has to know
             # Credentials, a mechanism or a certificate that is not accepted: a person has to change something.
             refused = isinstance(e, KafkaError) and not e.retriable
             in_vain = in_vain or refused or isinstance(e, ssl.SSLCertVerificationError)
-            reasons.append(f"{host}:{port}: {_plain(e)}")
+            reasons.append(f"{host}:{port}: {_plain(e, settings)}")
         else:
-            connection.close()
             return False, ""
     return in_vain, "; ".join(reasons)
 
 
-def _plain(error: Exception) -> str:
+def _plain(error: Exception, settings: KafkaSettings) -> str:
+    """Return what went wrong, with the setting to look at if it is not the address."""
     if isinstance(error, TimeoutError):
         return f"no answer within {_PROBE_S:g} s"
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted, {error.verify_message}; see {KAFKA}SSL_CAFILE"
+    if isinstance(error, UnsupportedSaslMechanismError):
+        return f"it does not take {settings.sasl_mechanism}; see {KAFKA}SASL_MECHANISM"
+    if isinstance(error, SaslAuthenticationFailed):
+        token = settings.sasl_mechanism == "OAUTHBEARER"
+        names = ("SASL_TOKEN_FILE",) if token else ("SASL_USERNAME", "SASL_PASSWORD")
+        return f"{' '.join(map(str, error.args))}; see {' and '.join(f'{KAFKA}{name}' for name in names)}"
+    if isinstance(error, KafkaConnectionError | ConnectionResetError | ssl.SSLError):
+        protocol = settings.security_protocol
+        certificate = f", or ask for a certificate ({KAFKA}SSL_CERTFILE)" if protocol == "SSL" else ""
+        return f"it ends the connection: does it not speak {protocol} ({KAFKA}SECURITY_PROTOCOL){certificate}?"
     return str(error) or type(error).__name__
