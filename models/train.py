@@ -260,8 +260,9 @@ def _constants(fit: Fit, state: State, corpus: Corpus, kept: Int64) -> list[Cons
     known, found = corpus.constants(), list[Constants]()
     for k in kept.tolist():
         torch.manual_seed(fit.recipe.seed)  # not what the last pass left: a training that goes on may have made none
-        windows = corpus.train[k]
-        some = np.sort(windows)[:: math.ceil(len(windows) / MEASURED)]
+        # Also of the part that is held out: there errors are those of data that the network was not trained on.
+        windows = np.sort(np.concatenate([corpus.train[k], corpus.held_out[k]]))
+        some = windows[:: math.ceil(len(windows) / MEASURED)]
         with torch.no_grad():
             found.append({**known[k], **fit.load(state.best[k]).measure(corpus.batch(some))})
     return found

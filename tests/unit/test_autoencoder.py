@@ -226,6 +226,16 @@ def test_what_never_counts_has_the_least_reach() -> None:
     assert reach[0] == 1 and reach[1] > 1
 
 
+def test_among_several_a_feature_that_is_rebuilt_to_a_hair_has_a_unit_of_a_deviation() -> None:
+    config = shape_of(12, 2, scaling="train")
+    own = network(config)
+    for weight in own.state_dict().values():
+        weight.zero_()
+    x = 1e-3 * torch.randn(200, 12, 2, generator=torch.Generator().manual_seed(0))  # all is rebuilt as 0, almost
+    reach = own.measure(Batch(x, torch.ones_like(x) > 0, torch.zeros(200, 3)))["reach"]
+    np.testing.assert_array_equal(reach, 2.0)  # half a deviation is the least step of training data
+
+
 def test_the_unit_of_one_feature_is_local_and_of_several_constant() -> None:
     calm = np.linspace(0, 0.1, 12)[:, None]
     wild = np.where(np.arange(12) % 2, 4.0, -4.0)[:, None]

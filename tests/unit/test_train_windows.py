@@ -153,3 +153,11 @@ def test_a_wrong_value_that_nobody_labelled_is_not_the_unit_of_the_others() -> N
     plain = gather([[clean]], layout(features=3))
     np.testing.assert_allclose(plain.scale[0], values[:800].std(axis=0), err_msg="clean data are as they are")
     assert np.isnan(tamed(np.full((3, 1), NAN))).all() and tamed(np.empty((0, 2))).shape == (0, 2)
+
+
+def test_a_burst_of_minutes_a_day_is_the_habit_of_one_metric_among_several() -> None:
+    values = np.random.default_rng(6).normal(size=(10_000, 2))
+    values[::300, 1] = 100.0  # a third of a percent
+    assert (tamed(values) == values).all()
+    alone = tamed(values[:, 1:])
+    assert alone.max() < 25 and (alone[1:300] == values[1:300, 1:]).all(), "of a single KPI it may be a mistake"
