@@ -43,7 +43,6 @@ def client_options(settings: KafkaSettings) -> dict[str, Any]:
     return {
         "bootstrap_servers": settings.bootstrap_servers,
         "retry_backoff_ms": _RETRY_BACKOFF_MS,
-        "request_timeout_ms": _REQUEST_TIMEOUT_MS,
         **_login(settings),
     }
 
@@ -68,6 +67,7 @@ def points_consumer(settings: KafkaSettings) -> AIOKafkaConsumer:
         heartbeat_interval_ms=_SESSION_TIMEOUT_MS // 4,
         rebalance_timeout_ms=_REBALANCE_TIMEOUT_MS,
         metadata_max_age_ms=_METADATA_MS,
+        request_timeout_ms=_REQUEST_TIMEOUT_MS,
     )
 
 
@@ -84,8 +84,16 @@ def reader(settings: KafkaSettings, offset_reset: str = "earliest") -> AIOKafkaC
 def transactional_producer(settings: KafkaSettings, partition: TopicPartition) -> AIOKafkaProducer:
     """Return the producer of a partition's outputs, not started."""
     return AIOKafkaProducer(
-        **client_options(settings), transactional_id=transactional_id(settings, partition), linger_ms=0
+        **client_options(settings),
+        transactional_id=transactional_id(settings, partition),
+        linger_ms=0,
+        request_timeout_ms=_REQUEST_TIMEOUT_MS,
     )
+
+
+def plain_producer(settings: KafkaSettings) -> AIOKafkaProducer:
+    """Return a producer of outputs for a broker without transactions, not started."""
+    return AIOKafkaProducer(**client_options(settings), acks="all", linger_ms=0, request_timeout_ms=_REQUEST_TIMEOUT_MS)
 
 
 def points_producer(settings: KafkaSettings) -> AIOKafkaProducer:
@@ -262,19 +270,9 @@ def _topics(error: BaseException) -> Iterator[str]:
 def explained(error: BaseException, settings: KafkaSettings, *, wish: str = "Read") -> str:
     """Return an error of Kafka in words: a missing right by its name, anything else as it is."""
     right = missing_right(error, settings, wish=wish)
-    return repr(error) if right is None else f"{_user(settings)} lacks {right} (deploy/acl)"
+    return repr(error) if right is None else f"{user(settings)} lacks {right} (deploy/acl)"
 
 
-def _user(settings: KafkaSettings) -> str:
+def user(settings: KafkaSettings) -> str:
+    """Return how a client is called in messages."""
     return f"user {settings.sasl_username}" if settings.sasl_username else "the user of this client"
-
-
-def login_setting(settings: KafkaSettings) -> str:
-    """Return which settings say who the client is: those to look at when it is not let in."""
-    if settings.sasl_mechanism == "OAUTHBEARER":
-        return f"{KAFKA}SASL_TOKEN_FILE"
-    if settings.sasl_mechanism:
-        return f"{KAFKA}SASL_USERNAME and {KAFKA}SASL_PASSWORD"
-    if settings.security_protocol == "SSL":
-        return f"{KAFKA}SSL_CAFILE and {KAFKA}SSL_CERTFILE"
-    return f"{KAFKA}SECURITY_PROTOCOL"

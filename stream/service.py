@@ -20,6 +20,7 @@ from stream.embedded import Servers, patch_aborted_transactions
 from stream.errors import CheckpointError, ConfigError
 from stream.registry import Chosen, Registry, features_of
 from stream.reload import RulesFile
+from stream.rights import require_rights
 from stream.ruleset import RuleSet
 from stream.settings import Settings
 from stream.store import Store
@@ -261,10 +262,13 @@ async def check_servers(settings: Settings) -> list[str]:
     """Try the broker and the store; return a line about each.
 
     Raises:
-        BrokerError: the broker cannot be reached.
-        StoreError: the store cannot be reached.
+        BrokerError: the broker cannot be reached, or rights are missing.
+        StoreError: the store cannot be reached, or rights are missing.
     """
-    await ensure_topics(settings.kafka, {})
+    kafka = settings.kafka
+    await ensure_topics(kafka, {})
+    writes = (kafka.anomalies_topic, kafka.rejects_topic, kafka.shadow_topic)
+    await require_rights(kafka, reads=[kafka.points_topic], writes=writes, transactions=True)
     store = Store.of(settings.redis)
     try:
         await store.connect(settings.redis.connect_timeout_s)

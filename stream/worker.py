@@ -16,6 +16,7 @@ from stream.kafka import Rebalance, points_consumer, read_up_to
 from stream.partition import Partition
 from stream.registry import Registry
 from stream.reload import RulesFile
+from stream.rights import require_rights
 from stream.ruleset import RuleSet
 from stream.settings import Settings
 from stream.store import Store
@@ -117,7 +118,10 @@ class Worker:
         """Make sure that topics are there, and those that rules publish to."""
         kafka = self.settings.kafka
         further = [topic for rule in rules.rules for topic in rule.topics] if rules is not None else []
-        await ensure_topics(kafka, dict.fromkeys((*topics, *further), kafka.partitions))
+        all_topics = dict.fromkeys((*topics, *further), kafka.partitions)
+        await ensure_topics(kafka, all_topics)
+        reads = [topic for topic in all_topics if topic == kafka.points_topic]
+        await require_rights(kafka, reads=reads, writes=[topic for topic in all_topics if topic not in reads])
 
     async def _watch_rules(self) -> None:
         """Take new rules over when their file changes; wrong ones are told of, once, and what is in force stays."""
