@@ -19,7 +19,7 @@ from stream.columns import Int64Array
 from stream.csvfile import Points
 from stream.errors import BrokerError, ConfigError
 from stream.events import iso_time
-from stream.kafka import points_producer
+from stream.kafka import explained, points_producer
 from stream.records import SECONDS_BELOW
 from stream.settings import KafkaSettings
 from stream.topics import ensure_topics
@@ -123,7 +123,7 @@ async def replay(
                 on_sent(begin)
     except KafkaError as e:
         raise BrokerError(
-            f"cannot send to {topic} at {settings.bootstrap_servers}: {e!r}; set TOCSIN_KAFKA__BOOTSTRAP_SERVERS"
+            f"cannot send to {topic} at {settings.bootstrap_servers}: {explained(e, settings, wish='Write')}"
         ) from e
     finally:
         await producer.stop()

@@ -5,7 +5,9 @@ Without this, a service that may not write its events would run well until the f
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Collection, Iterable
 from typing import Any
 
@@ -25,10 +27,12 @@ from aiokafka.protocol.types import Array, Boolean, Bytes, Int16, Int32, Schema,
 from stream.errors import BrokerError
 from stream.kafka import client_options, transactional_producer, user
 from stream.settings import KafkaSettings
+from stream.topics import ensure_topics
 
 _READ, _WRITE = 3, 4  # Kafka's numbers of the operations: bits of what is allowed
 _UNSAID = -(2**31)  # the broker does not say what is allowed
 _REQUEST_MS = 10_000
+_AGAIN_S = 0.1
 
 
 async def require_rights(
@@ -47,6 +51,7 @@ async def require_rights(
     Raises:
         BrokerError: a right is missing; the message names all that are. Or the broker fails.
     """
+    await ensure_topics(settings, {})  # says why, if the broker cannot be reached
     missing = await missing_rights(settings, reads=reads, writes=writes, transactions=transactions)
     if missing:
         raise BrokerError(
@@ -59,23 +64,38 @@ async def missing_rights(
     settings: KafkaSettings, *, reads: Collection[str], writes: Collection[str], transactions: bool
 ) -> list[str]:
     """Return the rights that are missing, such as "Write on topic kpi.anomalies"; as for `require_rights`."""
-    try:
-        async with _admin(settings) as admin:
-            allowed = await _of_topics(admin, {*reads, *writes})
-            missing = [
-                f"{operation} on topic {name}"
-                for operation, bit, names in (("Read", _READ, reads), ("Write", _WRITE, writes))
-                for name in names
-                if not _has(allowed.get(name), bit)
-            ]
-            if reads and not _has(await _of_group(admin, settings.group), _READ):
-                missing.append(f"Read on group {settings.group}")
-    except (IncompatibleBrokerVersion, NotImplementedError):  # which of them it is depends on the version
-        return []
-    except (KafkaError, OSError, TimeoutError) as e:
-        raise BrokerError(f"the broker at {settings.bootstrap_servers} fails: {e!r}") from e
-    if transactions and reads and not await _may_begin(settings, *reads):
-        missing.append(f"Write on transactional ids that begin with {settings.group}-")
+    started = time.monotonic()
+    while True:
+        try:
+            missing = await _missing(settings, reads, writes)
+            break
+        except (IncompatibleBrokerVersion, NotImplementedError):  # which of them it is depends on the version
+            return []
+        except (KafkaError, OSError, TimeoutError) as e:
+            # A broker that has just started has no coordinator yet.
+            retriable = not isinstance(e, KafkaError) or e.retriable
+            if not retriable or time.monotonic() - started > settings.connect_timeout_s:
+                raise BrokerError(f"the broker at {settings.bootstrap_servers} fails: {e!r}") from e
+        await asyncio.sleep(_AGAIN_S)
+    if transactions:
+        ids = [(topic, f"{settings.group}-{topic}-") for topic in reads]
+        missing += [
+            f"Write on transactional ids {prefix}…" for topic, prefix in ids if not await _may_begin(settings, topic)
+        ]
+    return missing
+
+
+async def _missing(settings: KafkaSettings, reads: Collection[str], writes: Collection[str]) -> list[str]:
+    async with _admin(settings) as admin:
+        allowed = await _of_topics(admin, {*reads, *writes})
+        missing = [
+            f"{operation} on topic {name}"
+            for operation, bit, names in (("Read", _READ, reads), ("Write", _WRITE, writes))
+            for name in names
+            if not _has(allowed.get(name), bit)
+        ]
+        if reads and not _has(await _of_group(admin, settings.group), _READ):
+            missing.append(f"Read on group {settings.group}")
     return missing
 
 

@@ -24,7 +24,6 @@ from stream.rights import require_rights
 from stream.ruleset import RuleSet
 from stream.settings import Settings
 from stream.store import Store
-from stream.topics import ensure_topics
 from stream.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -266,7 +265,6 @@ async def check_servers(settings: Settings) -> list[str]:
         StoreError: the store cannot be reached, or rights are missing.
     """
     kafka = settings.kafka
-    await ensure_topics(kafka, {})
     writes = (kafka.anomalies_topic, kafka.rejects_topic, kafka.shadow_topic)
     await require_rights(kafka, reads=[kafka.points_topic], writes=writes, transactions=True)
     store = Store.of(settings.redis)

@@ -17,7 +17,7 @@ from stream import events
 from stream.embedded import patch_aborted_transactions
 from stream.errors import BrokerError, ConfigError
 from stream.events import SEVERITIES, Event, EventData, SeverityName, SilenceData
-from stream.kafka import client_options
+from stream.kafka import client_options, explained
 from stream.settings import KafkaSettings
 from stream.topics import ensure_topics
 
@@ -185,9 +185,7 @@ async def _follow(
                     yield event
             await _take_new_partitions(consumer, topic)
     except KafkaError as e:
-        raise BrokerError(
-            f"cannot follow {topic} at {settings.bootstrap_servers}: {e}; set TOCSIN_KAFKA__BOOTSTRAP_SERVERS"
-        ) from e
+        raise BrokerError(f"cannot follow {topic} at {settings.bootstrap_servers}: {explained(e, settings)}") from e
     finally:
         await consumer.stop()
 

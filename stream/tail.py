@@ -13,7 +13,7 @@ from aiokafka.errors import KafkaError
 
 from stream.embedded import patch_aborted_transactions
 from stream.errors import BrokerError, TocsinError
-from stream.kafka import reader
+from stream.kafka import explained, reader
 from stream.settings import KafkaSettings
 from stream.topics import ensure_topics
 
@@ -73,7 +73,7 @@ async def read_tail(
         await _read(consumer, extent, on_records, on_progress)
         return extent
     except KafkaError as e:
-        raise BrokerError(f"cannot read {topic} at {settings.bootstrap_servers}: {e}") from e
+        raise BrokerError(f"cannot read {topic} at {settings.bootstrap_servers}: {explained(e, settings)}") from e
     finally:
         await consumer.stop()
 

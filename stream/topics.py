@@ -92,7 +92,7 @@ async def ensure_topics(
             raise BrokerError(f"the broker at {bootstrap_servers} refuses {problem}") from problem.__cause__
         if isinstance(problem, KafkaError) and not problem.retriable:
             why = explained(problem, settings, wish="Describe")
-            raise BrokerError(f"the broker at {bootstrap_servers} fails: {why}") from problem
+            raise BrokerError(f"the broker at {bootstrap_servers} refuses: {why}") from problem
         in_vain, reason = await why_unreachable(settings)
         if in_vain:
             raise BrokerError(f"the broker at {bootstrap_servers} lets us not in: {reason}") from problem
@@ -168,9 +168,7 @@ async def _partitions(admin: AIOKafkaAdminClient, topics: Mapping[str, int]) -> 
             if all(partition["leader"] >= 0 for partition in topic["partitions"]):
                 present[topic["topic"]] = len(topic["partitions"])
         elif error is not UnknownTopicOrPartitionError and not error.retriable:
-            raise _Refused(f"to describe topic {topic['topic']}: {error.description or error.__name__}") from error(
-                topic["topic"]
-            )
+            raise error(topic["topic"])
     return present
 
 

@@ -28,7 +28,7 @@ from stream.csvfile import Points
 from stream.detector import Detector
 from stream.errors import BrokerError, ConfigError
 from stream.events import Event, EventData, SilenceData
-from stream.kafka import client_options, reader
+from stream.kafka import client_options, explained, reader
 from stream.settings import KafkaSettings
 from stream.topics import ensure_topics
 
@@ -166,7 +166,7 @@ async def until_committed(
                 )
             await asyncio.sleep(_LOOK_S)
     except KafkaError as e:
-        raise BrokerError(f"cannot read the offsets of group {settings.group}: {e!r}") from e
+        raise BrokerError(f"cannot read the offsets of group {settings.group}: {explained(e, settings)}") from e
     finally:
         await consumer.stop()
 
@@ -209,7 +209,7 @@ async def _reading(
         consumer.assign(at)
         yield at
     except KafkaError as e:
-        raise BrokerError(f"cannot read {topic} at {settings.bootstrap_servers}: {e!r}") from e
+        raise BrokerError(f"cannot read {topic} at {settings.bootstrap_servers}: {explained(e, settings)}") from e
     finally:
         await consumer.stop()
 

@@ -119,9 +119,10 @@ class Worker:
         kafka = self.settings.kafka
         further = [topic for rule in rules.rules for topic in rule.topics] if rules is not None else []
         all_topics = dict.fromkeys((*topics, *further), kafka.partitions)
-        await ensure_topics(kafka, all_topics)
         reads = [topic for topic in all_topics if topic == kafka.points_topic]
-        await require_rights(kafka, reads=reads, writes=[topic for topic in all_topics if topic not in reads])
+        writes = [topic for topic in all_topics if topic not in reads]
+        await require_rights(kafka, reads=reads, writes=writes, transactions=kafka.delivery == "exactly_once")
+        await ensure_topics(kafka, all_topics)
 
     async def _watch_rules(self) -> None:
         """Take new rules over when their file changes; wrong ones are told of, once, and what is in force stays."""
