@@ -320,6 +320,16 @@ def opened_blob(field: bytes, blob: bytes, threshold: np.dtype[Any]) -> tuple[An
     return header, body
 
 
+def labelled(field: bytes, blob: bytes, threshold: np.dtype[Any]) -> tuple[int, int]:
+    """Return the version of a blob as it is stored, and the number of its model.
+
+    Raises:
+        StateError: it is none, damaged, or of an unknown version.
+    """
+    header, _ = opened_blob(field, blob, threshold)
+    return versions.version_of(blob) or 0, int(header["model"])
+
+
 def _cut(name: str, slot: int, group: Group, header: AnyArray, body: bytes) -> _Blob:
     """Tell the record from what stands behind it."""
     size = _row_size(group, int(header["window"]))

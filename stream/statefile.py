@@ -3,7 +3,7 @@
     {"tocsin_state": 1, "cluster": …, "group": …, "topic": …, "partitions": 6, "exported": "2026-01-05T00:00:00Z"}
     {"partition": 0, "offset": 1200, "whole": true, "series": 2, "fields": {"clock_ms": "1767571200000"}}
     {"series": "checkout.latency", "shadow": false, "sha256": …, "blob": …}        the blob in base64
-    …                                                                              the other series, the other partitions
+    …                                                                         the other series, the other partitions
     {"end": true, "lines": 4, "sha256": …}                                         of all lines before
 
 A partition that is `whole` has all of its series, and `fields` holds what the service keeps of it besides.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, TypeVar
 

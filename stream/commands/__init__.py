@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stream.commands import doctor, evaluate, files, live, repository, train
+from stream.commands import doctor, evaluate, files, live, repository, state, train
 from stream.commands.shared import EPILOG
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ for command in (live.demo, live.up, live.serve, live.replay, live.subscribe, fil
     app.command(epilog=EPILOG)(command)
 app.command(epilog=EPILOG)(evaluate.evaluate)
 app.add_typer(repository.app, name="models")
+app.add_typer(state.app, name="state")
 app.command(epilog=EPILOG)(doctor.doctor)
 app.command(epilog=EPILOG)(live.check)
 
