@@ -7,6 +7,9 @@ The order that makes the output exactly-once, whatever is killed when:
 4. `start`, after a crash or a move, restores the state, seeks to its offset, and goes through the records up to the
    committed offset with outputs muted: they were published before. The clock up to which silence had been judged by
    then is the metadata of that offset, with the offset at which it was; there it is judged once more, muted.
+
+What is judged is judged in a thread, so that a slow model keeps neither the group's heartbeats nor transactions
+waiting; what came of it is taken over in the event loop, whole.
 """
 
 from __future__ import annotations
@@ -15,30 +18,40 @@ import asyncio
 import bisect
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, OffsetAndMetadata, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicPartition
 from aiokafka.errors import KafkaError, ProducerFenced
 
-from stream import events, records, snapshot
+from stream import events, records, snapshot, steps
 from stream.columns import BoolArray, Int32Array
 from stream.detector import Detector
 from stream.errors import BrokerError, StoreError
 from stream.events import Event
-from stream.kafka import REJECT_BYTES_MAX, Clock, clock_metadata, committed_offset, transactional_producer
+from stream.kafka import REJECT_BYTES_MAX, Clock, clock_metadata, committed_offset
+from stream.outbox import Outbox, Outgoing, PlainOutbox, TransactionalOutbox, in_vain
 from stream.records import Reject
+from stream.results import Result
 from stream.settings import Settings
-from stream.store import Saved, Store
+from stream.store import PartitionState, Saved, Store
 
 log = logging.getLogger(__name__)
 
-_SETTLE_ATTEMPTS = 3
-_SETTLE_AGAIN_S = 0.5  # between two of them, longer each time
+_ATTEMPTS = 3  # at what the broker refuses for a reason that trying again does not change
+_AGAIN_S = (0.5, 5.0)  # between two attempts: at first, at last
+_FENCED_S = 1.0  # at least: whoever has shut us out may be the owner, and the group is about to say so
+_SAID_AGAIN_S = 30.0  # between two lines of the log about the same trouble
 NOTHING = -1  # no offset: the store has no state of the partition
 _NO_SLOTS = np.zeros(0, np.int32)
+_EVENT_HEADERS = [("content-type", events.CONTENT_TYPE.encode())]
 CLOCK_FIELD = b"\x00clock_ms"  # of the stored state; a series' name holds no control characters
+
+
+class Overtaken(Exception):
+    """Another worker has committed in this partition: what this one has in memory is not what is so."""
 
 
 @dataclass(slots=True)
@@ -58,6 +71,11 @@ class _Settlement:
     said: int
     pending: _Pending
 
+    @property
+    def committed(self) -> tuple[int, Clock]:
+        """What the group's offset is once it is done."""
+        return self.position, self.clock
+
 
 class Partition:
     """A partition that this worker owns, from `start` to `stop`."""
@@ -76,10 +94,12 @@ class Partition:
         self.clock = Clock()  # up to which silence has been judged, and where in the log
         self.published = 0
         self.rejected = 0
-        self._producer: AIOKafkaProducer | None = None
+        self._outbox: Outbox | None = None
         self._consumer: AIOKafkaConsumer | None = None
+        self._judging = asyncio.Lock()  # held while the detector is at work in a thread
         self._pending = _Pending()
         self._trying: _Settlement | None = None  # the transaction that was begun last
+        self._committed: tuple[int | None, Clock] = (None, Clock())  # as the group has it
         self._said = 0  # events and rejects so far, pending or not
         self._told = 0  # of them in a committed transaction
         self._repeat: Clock | None = None  # to be judged again, muted
@@ -89,8 +109,9 @@ class Partition:
         self._settlement = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
-        self._settling = False
         self._on_general = 0
+        self._broker_trouble = Trouble()
+        self._store_trouble = Trouble()
 
     @property
     def unsettled(self) -> int:
@@ -98,23 +119,30 @@ class Partition:
         return max(self.position - max(self.settled, self.muted_until), 0)
 
     @property
-    def busy(self) -> bool:
-        """Whether outputs wait for their transaction, or are in it."""
-        return self._settling or bool(self._pending.events or self._pending.rejects)
+    def trouble(self) -> str:
+        """What keeps the partition from publishing or from keeping its state, "" for nothing."""
+        return "; ".join(one.what for one in (self._broker_trouble, self._store_trouble) if one.what)
 
     # -- life -----------------------------------------------------------------------------------------------------
 
     async def start(self, consumer: AIOKafkaConsumer) -> None:
-        """Fence a former owner, restore the state and seek to where it belongs."""
-        # The producer first: its start ends a transaction that a killed owner left open, so that the committed offset
-        # read after it is final.
+        """Shut a former owner out, restore the state and seek to where it belongs; until then nothing may be fetched.
+
+        Raises:
+            KafkaError: the broker cannot be reached, or refuses; to be tried again with another partition object.
+        """
         self._consumer = consumer
-        self._producer = transactional_producer(self.settings.kafka, self.at)
+        kafka = self.settings.kafka
+        if kafka.delivery == "exactly_once":
+            self._outbox = TransactionalOutbox(self.at, kafka)
+        else:
+            self._outbox = PlainOutbox(self.at, kafka, consumer)
         try:
-            await self._producer.start()
+            # First: it ends a transaction that a killed owner left open, so that the offset read after it is final.
+            await self._outbox.open()
             await self._restore(consumer)
         except BaseException:
-            await self._producer.stop()
+            await self._outbox.close()
             raise
         self._tasks = [
             asyncio.create_task(self._settle_loop(), name=f"settle {self.at}"),
@@ -122,13 +150,19 @@ class Partition:
         ]
 
     async def _restore(self, consumer: AIOKafkaConsumer) -> None:
-        committed, self.clock = await committed_offset(consumer, self.at)
-        state = await self.store.load(self.settings.kafka.group, self.at.topic, self.at.partition)
+        committed, self.clock = self._committed = await committed_offset(consumer, self.at)
         begin = (await consumer.beginning_offsets([self.at]))[self.at]
+        end = (await consumer.end_offsets([self.at]))[self.at]
+        if committed is not None and committed > end:
+            log.error(
+                "%s: the group had read up to %d and the log ends at %d: it is another one", self.at, committed, end
+            )
+            committed, self.clock = None, Clock()
+        state = await self._load(committed or 0)
         wanted, known = begin, Clock()
         if state is not None:
             known = Clock(_number(state.blobs.pop(CLOCK_FIELD, b"")), state.offset)
-            series = self._unpack(self.detector, state.blobs)
+            series = await asyncio.to_thread(self._unpack, self.detector, state.blobs)
             wanted = self.flushed = state.offset
             log.info("%s: restored %d series as of offset %d", self.at, series, state.offset)
         elif committed:
@@ -146,6 +180,35 @@ class Partition:
             self.clock = max(self.clock, known)
             self._judged_ms = self.clock.ms
 
+    async def _load(self, committed: int) -> PartitionState | None:
+        """Return the stored state; None where there is none that is of use: it is rebuilt from the log then."""
+        where = (self.settings.kafka.group, self.at.topic, self.at.partition)
+        limit_s = self.settings.redis.connect_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                state = await self._loaded(*where)
+        except TimeoutError:
+            log.error("%s: the store gave no state within %g s; going on without", self.at, limit_s)
+            return None
+        if state is None or state.offset <= committed:
+            return state
+        log.error(
+            "%s: the state is as of offset %d, the group has read up to %d: dropped", self.at, state.offset, committed
+        )
+        with contextlib.suppress(StoreError):
+            await self.store.drop(*where)
+        return None
+
+    async def _loaded(self, group: str, topic: str, partition: int) -> PartitionState | None:
+        pause_s = _AGAIN_S[0]
+        while True:
+            try:
+                return await self.store.load(group, topic, partition)
+            except StoreError as e:
+                self._store_trouble.say(f"cannot read the state of {self.at}: {e}")
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _AGAIN_S[1])
+
     def _unpack(self, detector: Detector, blobs: Mapping[bytes, bytes]) -> int:
         """Restore series; return how many."""
         restored = snapshot.unpack(detector, blobs)
@@ -155,21 +218,32 @@ class Partition:
             log.warning("%s: %d series calibrate anew: other model", self.at, restored.recalibrating)
         return restored.series
 
-    async def stop(self) -> None:
-        """Settle and flush what has been taken in, then let go."""
+    async def stop(self, limit_s: float) -> None:
+        """Settle and flush what has been taken in, then let go; give up what takes longer than `limit_s` seconds."""
         self._stopping = True
-        self._work.set()
         settle, flush = self._tasks
         try:
-            await settle
-            await _end(flush)
-            await self._flush()
-        except (KafkaError, BrokerError, StoreError) as e:
-            log.error("%s: not everything was settled (%s); the next owner repeats it", self.at, e)
+            async with asyncio.timeout(limit_s):
+                async with self._judging:  # the batch in hand
+                    self._work.set()
+                await asyncio.wait({settle})
+                settle.result()
+                await ended(flush)
+                await self._flush()
+        except (KafkaError, BrokerError, StoreError, Overtaken) as e:
+            log.error("%s: not everything was settled (%r); the next owner repeats it", self.at, e)
+        except TimeoutError:
+            log.error("%s: not everything was settled within %g s; the next owner repeats it", self.at, limit_s)
         finally:
-            flush.cancel()
-            if self._producer is not None:
-                await self._producer.stop()
+            await self.abandon()
+
+    async def abandon(self) -> None:
+        """Let go of the partition as it is; the next owner repeats what was not settled."""
+        self._stopping = True
+        for task in self._tasks:
+            await ended(task)
+        if self._outbox is not None:
+            await self._outbox.close()
 
     def failure(self) -> BaseException | None:
         """Return why a background task of this partition has ended, or None while all is well."""
@@ -180,34 +254,31 @@ class Partition:
 
     # -- points in ------------------------------------------------------------------------------------------------
 
-    def accept(self, batch: Sequence[ConsumerRecord]) -> None:
-        """Take a batch in; what comes of it waits for the next transaction."""
-        muted = bisect.bisect_left(batch, self.muted_until, key=_offset)
-        if self._repeat is not None:
-            before = bisect.bisect_left(batch, self._repeat.offset, key=_offset, hi=muted)
-            self._accept(batch[:before], muted=True)
-            if before < len(batch):  # whether or not its records are all there still
-                self.position = max(self.position, self._repeat.offset)
-            self._judge_again()
-            self._accept(batch[before:muted], muted=True)
-        else:
-            self._accept(batch[:muted], muted=True)
-        if muted < len(batch):
-            self._accept(batch[muted:], muted=False)
-            self._work.set()
+    async def accept(self, batch: Sequence[ConsumerRecord]) -> None:
+        """Take a batch in; what comes of it waits for the next transaction. Nothing is done once it is stopping."""
+        async with self._judging:
+            if self._stopping or not batch:
+                return
+            muted = bisect.bisect_left(batch, self.muted_until, key=_offset)
+            if self._repeat is not None:
+                before = bisect.bisect_left(batch, self._repeat.offset, key=_offset, hi=muted)
+                await self._accept(batch[:before], muted=True)
+                if before < len(batch):  # whether or not its records are all there still
+                    self.position = max(self.position, self._repeat.offset)
+                self._judge_again()
+                await self._accept(batch[before:muted], muted=True)
+            else:
+                await self._accept(batch[:muted], muted=True)
+            if muted < len(batch):
+                await self._accept(batch[muted:], muted=False)
+                self._work.set()
 
-    def _accept(self, batch: Sequence[ConsumerRecord], *, muted: bool) -> None:
+    async def _accept(self, batch: Sequence[ConsumerRecord], *, muted: bool) -> None:
         if not batch:
             return
-        arrival_ms = np.array([record.timestamp for record in batch], np.int64)
-        columns, rejects = records.decode(
-            [record.value for record in batch],
-            self.detector.index,
-            arrival_ms=arrival_ms.tolist(),
-            future_limit_ms=round(self.settings.future_limit_s * 1000),
-        )
-        result = self.detector.accept(columns, arrival_ms[columns.row])
-        self._touch(columns.slot, result.events + result.shadow)
+        slots, result, rejects = await asyncio.to_thread(self._judge, batch)
+        # From here on in one go: a settlement that comes between sees all of the batch or nothing.
+        self._touch(slots, result.events + result.shadow)
         if self.detector.places.on_general > self._on_general:
             self._on_general = self.detector.places.on_general
             log.warning(
@@ -224,6 +295,17 @@ class Partition:
         refused = [(reject, batch[reject.row]) for reject in rejects + result.rejects]
         self._pending.rejects += refused
         self._said += len(refused)
+
+    def _judge(self, batch: Sequence[ConsumerRecord]) -> tuple[Int32Array, Result, list[Reject]]:
+        """Return what comes of a batch: the series it is of, events, and records that hold no point. In a thread."""
+        arrival_ms = np.array([record.timestamp for record in batch], np.int64)
+        columns, rejects = records.decode(
+            [record.value for record in batch],
+            self.detector.index,
+            arrival_ms=arrival_ms.tolist(),
+            future_limit_ms=round(self.settings.future_limit_s * 1000),
+        )
+        return columns.slot, self.detector.accept(columns, arrival_ms[columns.row]), rejects
 
     def _say(self, said: Sequence[Event]) -> None:
         self._pending.events += [(event, self.detector.topics_of(event)) for event in said]
@@ -244,6 +326,8 @@ class Partition:
         """Find out who is silent by the clock; all records that had arrived by then have been taken in."""
         if self.position < self.muted_until or self._repeat is not None or now_ms <= self.clock.ms:
             return
+        if self._judging.locked() or self._stopping:  # the next time will do
+            return
         self.clock, self._judged_ms = Clock(now_ms, self.position), now_ms
         if said := self.detector.clock(now_ms):
             self._touch(_NO_SLOTS, said)
@@ -260,13 +344,14 @@ class Partition:
         self._touch(_NO_SLOTS, self.detector.clock(self._repeat.ms))
         self._judged_ms, self._repeat = self._repeat.ms, None
 
-    def change_detector(self, detector: Detector) -> None:
+    async def change_detector(self, detector: Detector) -> None:
         """Go on with another detector, one without series: those of this one keep their state as far as it fits."""
-        slots = np.arange(len(self.detector.index.names), dtype=np.int32)
-        self._unpack(detector, snapshot.pack(self.detector, slots))
-        detector.counts.add(self.detector.counts)
-        self.detector = detector
-        self._dirty = np.ones(detector.capacity, np.bool_)
+        async with self._judging:
+            slots = np.arange(len(self.detector.index.names), dtype=np.int32)
+            await asyncio.to_thread(lambda: self._unpack(detector, snapshot.pack(self.detector, slots)))
+            detector.counts.add(self.detector.counts)
+            self.detector = detector
+            self._dirty = np.ones(detector.capacity, np.bool_)
 
     # -- outputs --------------------------------------------------------------------------------------------------
 
@@ -276,79 +361,87 @@ class Partition:
             await self._work.wait()
             self._work.clear()  # here, and not in `_settle`: what a muted stretch takes in is never settled
             if self.position > self.settled or self._pending.events:
-                self._settling = True
                 await self._settle_at_last()
-                self._settling = False
                 await asyncio.sleep(self.settings.kafka.settle_interval_ms / 1000)
 
     async def _settle_at_last(self) -> None:
-        """Settle; if the broker refuses, do it again with another producer, unless it was done after all."""
-        for attempt in range(1, _SETTLE_ATTEMPTS + 1):
-            try:
-                await self._settle()
-                return
-            except ProducerFenced:  # another worker has the partition
-                raise
-            except KafkaError as e:
-                if attempt == _SETTLE_ATTEMPTS:
-                    raise
-                log.warning("%s: a transaction failed (%r), trying again", self.at, e)
-                await asyncio.sleep(attempt * _SETTLE_AGAIN_S)
-                await self._renew_producer()
+        """Settle, however long the broker is away.
 
-    async def _renew_producer(self) -> None:
-        """Take another producer; its start ends the transaction of the old one, whatever had become of it."""
-        assert self._producer is not None and self._consumer is not None
-        with contextlib.suppress(KafkaError):
-            await self._producer.stop()
-        self._producer = transactional_producer(self.settings.kafka, self.at)
-        await self._producer.start()
-        committed = await committed_offset(self._consumer, self.at)
-        if self._trying is not None and committed == (self._trying.position, self._trying.clock):
-            await self._settled(self._trying)
+        Raises:
+            KafkaError: the broker refuses for a reason that a person has to change.
+            Overtaken: another worker has the partition.
+        """
+        pause_s, attempt = _AGAIN_S[0], 0
+        while True:
+            attempt += 1
+            try:
+                if attempt == 1 or not await self._reopened():
+                    await self._settle()
+                self._broker_trouble.over(f"{self.at}: publishes again")
+                return
+            except (KafkaError, OSError) as e:
+                if in_vain(e) and attempt >= _ATTEMPTS:
+                    raise
+                self._broker_trouble.say(f"cannot publish of {self.at}: {e!r}; trying again")
+                if isinstance(e, ProducerFenced):
+                    pause_s = max(pause_s, _FENCED_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _AGAIN_S[1])
+
+    async def _reopened(self) -> bool:
+        """Take another producer, which ends the transaction of the old one; return whether that had committed it.
+
+        Raises:
+            Overtaken: what is committed is neither what was, nor what was tried.
+        """
+        assert self._outbox is not None and self._consumer is not None
+        await self._outbox.open()
+        committed, trying = await committed_offset(self._consumer, self.at), self._trying
+        if trying is not None and committed == trying.committed:
+            await self._settled(trying)
             self._pending = _Pending(
-                self._pending.events[len(self._trying.pending.events) :],
-                self._pending.rejects[len(self._trying.pending.rejects) :],
+                self._pending.events[len(trying.pending.events) :],
+                self._pending.rejects[len(trying.pending.rejects) :],
             )
-        self._trying = None
+            return True
+        if committed != self._committed:
+            raise Overtaken(f"{self.at} was at {self._committed[0]}, and is at {committed[0]}")
+        return False
 
     async def _settle(self) -> None:
-        """Commit all that is pending, and the offset behind it, in one transaction."""
-        assert self._producer is not None
-        kafka = self.settings.kafka
+        """Commit all that is pending, and the offset behind it, together."""
+        assert self._outbox is not None
         this = self._trying = _Settlement(self.position, self.clock, self._said, self._pending)
         self._pending = _Pending()
-        sent = []
         try:
-            async with self._producer.transaction():
-                for event, further in this.pending.events:
-                    key, value = event.subject.encode(), events.encode(event)
-                    headers = [("content-type", events.CONTENT_TYPE.encode())]
-                    shadow = isinstance(event.data, events.EventData) and event.data.shadow
-                    first = kafka.shadow_topic if shadow else kafka.anomalies_topic
-                    for topic in dict.fromkeys((first, *further)):
-                        sent.append(await self._producer.send(topic, value, key=key, headers=headers))
-                for reject, record in this.pending.rejects:
-                    value = (record.value or b"")[:REJECT_BYTES_MAX]
-                    headers = _reject_headers(reject, record)
-                    sent.append(await self._producer.send(kafka.rejects_topic, value, key=record.key, headers=headers))
-                # aiokafka commits a transaction of which the broker has refused records: each has to be asked for.
-                for failure in await asyncio.gather(*sent, return_exceptions=True):
-                    if isinstance(failure, BaseException):
-                        raise failure
-                offset = OffsetAndMetadata(this.position, clock_metadata(this.clock))
-                await self._producer.send_offsets_to_transaction({self.at: offset}, kafka.group)
+            await self._outbox.commit(
+                self._outgoing(this.pending), OffsetAndMetadata(this.position, clock_metadata(this.clock))
+            )
         except BaseException:
             self._pending = _Pending(
                 this.pending.events + self._pending.events, this.pending.rejects + self._pending.rejects
             )
             raise
+        steps.reached("committed")
         await self._settled(this)
+
+    def _outgoing(self, pending: _Pending) -> list[Outgoing]:
+        kafka, outgoing = self.settings.kafka, list[Outgoing]()
+        for event, further in pending.events:
+            shadow = isinstance(event.data, events.EventData) and event.data.shadow
+            first = kafka.shadow_topic if shadow else kafka.anomalies_topic
+            key, value = event.subject.encode(), events.encode(event)
+            outgoing += [Outgoing(topic, key, value, _EVENT_HEADERS) for topic in dict.fromkeys((first, *further))]
+        for reject, record in pending.rejects:
+            value = (record.value or b"")[:REJECT_BYTES_MAX]
+            outgoing.append(Outgoing(kafka.rejects_topic, record.key, value, _reject_headers(reject, record)))
+        return outgoing
 
     async def _settled(self, this: _Settlement) -> None:
         """Note that a transaction is committed."""
         self.published += len(this.pending.events)
         self.rejected += len(this.pending.rejects)
+        self._committed, self._trying = this.committed, None
         async with self._settlement:
             self.settled, self._told = this.position, this.said
             self._settlement.notify_all()
@@ -360,30 +453,33 @@ class Partition:
             await asyncio.sleep(self.settings.redis.flush_interval_s)
             try:
                 await self._flush()
+                self._store_trouble.over(f"{self.at}: state is written again")
             except StoreError as e:
                 # The store is a cache of the log: behind, it costs a longer muted stretch after a restart, no event.
-                log.error("%s: state not written (%s); trying again", self.at, e)
+                self._store_trouble.say(f"state not written ({e}); trying again")
 
     async def _flush(self) -> None:
         """Write the series that changed since the last flush, and the offset that they belong to, in one step.
 
         What the store has lost in the meantime is written whole: memory has all of it.
         """
-        offset, said, detector, whole = self.position, self._said, self.detector, self.flushed == NOTHING
-        names = len(detector.index.names)
-        if offset == self.flushed and not self._dirty[:names].any():
-            return
-        changed = np.arange(names) if whole else np.flatnonzero(self._dirty[:names])
-        slots = changed.astype(np.int32)
-        blobs = snapshot.pack(detector, slots) | {CLOCK_FIELD: b"%d" % self._judged_ms}
-        self._dirty[:] = False
+        async with self._judging:
+            offset, said, detector, whole = self.position, self._said, self.detector, self.flushed == NOTHING
+            names = len(detector.index.names)
+            if offset == self.flushed and not self._dirty[:names].any():
+                return
+            changed = np.arange(names) if whole else np.flatnonzero(self._dirty[:names])
+            slots = changed.astype(np.int32)
+            blobs = await asyncio.to_thread(snapshot.pack, detector, slots)
+            blobs[CLOCK_FIELD] = b"%d" % self._judged_ms
+            self._dirty[:] = False
         try:
             # State must not run ahead of what is published, also where it changed without a record: by the clock.
             async with self._settlement:
                 await self._settlement.wait_for(lambda: self.settled >= offset and self._told >= said)
-            kafka = self.settings.kafka
+            steps.reached("flushing")
             saved = await self.store.save(
-                kafka.group,
+                self.settings.kafka.group,
                 self.at.topic,
                 self.at.partition,
                 offset,
@@ -396,16 +492,42 @@ class Partition:
                 self._dirty[slots] = True
             raise
         if saved is Saved.OUTDATED:
-            raise StoreError(f"a later state of {self.at} is stored: another worker has the partition")
-        if saved is Saved.LOST:
+            self._dirty[slots] = True
+            if offset >= self.muted_until:
+                raise StoreError(f"a later state of {self.at} is stored: another worker has the partition")
+            # It could not be read at the start, and is as good as what will come of the muted stretch.
+        elif saved is Saved.LOST:
             log.warning("%s: the store has lost its state; writing all of it", self.at)
             self.flushed = NOTHING
             await self._flush()
         else:
             self.flushed = offset
+            steps.reached("flushed")
 
 
-async def _end(task: asyncio.Task[None]) -> None:
+class Trouble:
+    """What goes wrong for the time being: said when it begins, now and then while it lasts, and when it is over."""
+
+    def __init__(self) -> None:
+        self.what = ""
+        self._next_s = 0.0
+
+    def say(self, what: str) -> None:
+        """Note what is wrong now."""
+        now_s = time.monotonic()
+        if not self.what or now_s >= self._next_s:
+            log.error("%s", what)
+            self._next_s = now_s + _SAID_AGAIN_S
+        self.what = what
+
+    def over(self, what: str) -> None:
+        """Note that nothing is wrong any more; say it, if something was."""
+        if self.what:
+            log.warning("%s", what)
+        self.what = ""
+
+
+async def ended(task: asyncio.Task[None]) -> None:
     """Cancel a task until it has ended: once may not be enough.
 
     redis-py sends within `asyncio.wait_for`, and that of Python 3.11 forgets a cancellation that comes just as the

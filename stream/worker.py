@@ -12,8 +12,9 @@ from aiokafka.errors import KafkaError
 
 from stream.detector import Counts, Detector
 from stream.errors import BrokerError, TocsinError
-from stream.kafka import Rebalance, points_consumer, read_up_to
-from stream.partition import Partition
+from stream.kafka import Rebalance, answered_ms, explained, lag, points_consumer, read_up_to
+from stream.outbox import in_vain
+from stream.partition import Overtaken, Partition, Trouble, ended
 from stream.registry import Registry
 from stream.reload import RulesFile
 from stream.rights import require_rights
@@ -26,8 +27,11 @@ log = logging.getLogger(__name__)
 
 _POLL_MS = 200
 _SLICE_S = 0.1  # what is taken in at once should take no longer
-_TURN_S = 0.002
 _SLICE_MIN = 100  # records
+_REVOKE_S = 20.0  # for a partition that goes to another worker: less than the group waits, see kafka.py
+_AGAIN_S = (1.0, 10.0)  # between two attempts to take a partition: at first, at last
+_LOOK_S = 1.0  # between two looks at how the worker does
+_SILENT_MS = 10_000  # without an answer of the broker
 _UNDER_WAY_MS = 5_000  # a record may reach the broker so long after the time that it bears
 
 
@@ -63,7 +67,7 @@ class Worker:
         self.assigned = asyncio.Event()  # set once the first assignment is complete
         self._stop = asyncio.Event()
         self._problem: Exception | None = None
-        self._gave_way = 0.0
+        self._taking: dict[TopicPartition, asyncio.Task[None]] = {}  # partitions that are on their way
         self._slice = 1_000  # records taken in at once; follows how long they take
         self._gone = Counts()
 
@@ -78,6 +82,22 @@ class Worker:
         for partition in self.partitions.values():
             total.add(partition.detector.counts)
         return total
+
+    def not_ready(self) -> list[str]:
+        """Return why points do not become events at present, nothing if they do."""
+        reasons = [] if self.assigned.is_set() else ["no partitions are assigned yet"]
+        if self._taking:
+            reasons.append(f"{len(self._taking)} partitions are being restored")
+        reasons += [partition.trouble for partition in self.partitions.values() if partition.trouble]
+        now_ms = time.time() * 1000
+        heard = [answered_ms(self._consumer, at) for at in self.partitions if at not in self._consumer.paused()]
+        if heard and now_ms - max(heard) > _SILENT_MS:
+            reasons.append(f"the broker has not answered for {(now_ms - max(heard)) / 1000:.0f} s")
+        return reasons
+
+    def lag(self) -> int:
+        """Return how many points wait in the partitions of this worker, as far as the broker has said."""
+        return sum(lag(self._consumer, at) for at in self.partitions)
 
     async def run(self) -> None:
         """Work until `stop` is called.
@@ -95,24 +115,27 @@ class Worker:
         try:
             await consumer.start()
         except KafkaError as e:
-            raise BrokerError(f"cannot read from {kafka.bootstrap_servers}: {e}") from e
+            raise BrokerError(f"cannot read from {kafka.bootstrap_servers}: {explained(e, kafka)}") from e
         consumer.subscribe([kafka.points_topic], listener=Rebalance(self._assign, self._revoke))
-        watching = [asyncio.create_task(self._watch_rules()), asyncio.create_task(self._watch_models())]
+        beside = (self._watch_rules(), self._watch_models(), self._watch_itself())
+        watching = [asyncio.create_task(one) for one in beside]
+        limit_s = _REVOKE_S
         try:
             while not self._stop.is_set():
                 await self._poll()
                 for task in watching:
                     if task.done():
                         task.result()
+            limit_s = self.settings.shutdown_timeout_s
         finally:
             for task in watching:
                 task.cancel()
             try:
                 # aiokafka does not say "revoked" before stop
-                await asyncio.shield(self._revoke(list(self.partitions)))
+                await asyncio.shield(self._let_go(list(self.partitions), limit_s))
             finally:
-                await consumer.stop()  # lets an assignment that is under way come to its end
-                await asyncio.shield(self._revoke(list(self.partitions)))
+                await consumer.stop()
+                await asyncio.shield(self._let_go(list(self.partitions), limit_s))
 
     async def _ensure_topics(self, topics: Sequence[str], rules: RuleSet | None) -> None:
         """Make sure that topics are there, and those that rules publish to."""
@@ -161,13 +184,26 @@ class Worker:
         async with self._making:
             return await asyncio.to_thread(self._detectors, rules)
 
-    def _take_over(self) -> None:
+    async def _watch_itself(self) -> None:
+        """Say when points do not become events, why, and when they do again; and when they come too fast."""
+        was: list[str] = []
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            reasons = self.not_ready() if self.assigned.is_set() else []
+            if bool(reasons) != bool(was):
+                if reasons:
+                    log.error("not ready: %s", "; ".join(reasons))
+                else:
+                    log.warning("ready again")
+            was = reasons
+
+    async def _take_over(self) -> None:
         """Between two batches, give every partition detectors of what is in force; their series keep their state."""
         if self._next_detector is None:
             return
         self.make_detector, self._next_detector = self._next_detector, None
-        for partition in self.partitions.values():
-            partition.change_detector(self.make_detector())
+        for partition in list(self.partitions.values()):
+            await partition.change_detector(self.make_detector())
         log.info("new rules are in force (%s)", self.settings.rules or "models")
 
     def _judge_silence(self) -> None:
@@ -179,59 +215,99 @@ class Worker:
                 partition.judge_silence(read_ms - _UNDER_WAY_MS)
 
     async def _poll(self) -> None:
-        self._take_over()
-        batches = await self._consumer.getmany(timeout_ms=_POLL_MS, max_records=self.settings.kafka.max_poll_records)
+        await self._take_over()
+        kafka = self.settings.kafka
+        try:
+            batches = await self._consumer.getmany(timeout_ms=_POLL_MS, max_records=kafka.max_poll_records)
+        except KafkaError as e:
+            raise BrokerError(f"cannot read {kafka.points_topic}: {explained(e, kafka)}") from e
         # A partition that comes or goes from here on must not see these records: a new one seeks to its own offset.
         owned = {at: self.partitions[at] for at in batches if at in self.partitions}
         for at, partition in owned.items():
             batch = batches[at]
             while batch and self.partitions.get(at) is partition and not self._stop.is_set():
                 began, part = time.monotonic(), batch[: self._slice]
-                partition.accept(part)
+                await partition.accept(part)
                 # Points of one series go in one after the other: a batch of them may take a hundred times longer
                 # than one of as many series.
                 per_record_s = (time.monotonic() - began) / len(part)
                 batch = batch[len(part) :]
                 self._slice = max(int(_SLICE_S / max(per_record_s, 1e-6)), _SLICE_MIN)
-                await self._give_way()
         self._judge_silence()
         if self._problem is not None:
             if isinstance(self._problem, TocsinError):
                 raise self._problem
-            raise BrokerError(f"cannot take on partitions of {self.settings.kafka.points_topic}") from self._problem
+            raise BrokerError(f"cannot take on partitions of {kafka.points_topic}") from self._problem
         for at, partition in list(self.partitions.items()):
             if (problem := partition.failure()) is not None:
-                raise BrokerError(f"partition {at.partition} of {at.topic} cannot publish: {problem!r}") from problem
-            full = partition.unsettled > self.settings.kafka.unsettled_max
+                await self._after_failure(at, problem)
+                continue
+            full = partition.unsettled > kafka.unsettled_max
             if full != (at in self._consumer.paused()):
                 (self._consumer.pause if full else self._consumer.resume)(at)
 
-    async def _give_way(self) -> None:
-        """Let transactions and heartbeats go on; now and then with time for the network's answers, if any is due."""
-        due = time.monotonic() - self._gave_way >= _SLICE_S and any(one.busy for one in self.partitions.values())
-        await asyncio.sleep(_TURN_S if due else 0)
-        if due:
-            self._gave_way = time.monotonic()
+    async def _after_failure(self, at: TopicPartition, problem: BaseException) -> None:
+        """Take a partition anew from what is committed, if another worker has had it; else give up."""
+        kafka = self.settings.kafka
+        if not isinstance(problem, Overtaken):
+            why = explained(problem, kafka, wish="Write")
+            raise BrokerError(f"partition {at.partition} of {at.topic} cannot publish: {why}") from problem
+        log.warning("%s; taking it anew, if the group leaves it to us", problem)
+        self._consumer.pause(at)
+        partition = self.partitions.pop(at)
+        await partition.abandon()
+        self._gone.add(partition.detector.counts)
+        self._taking[at] = asyncio.create_task(self._take(at, pause_s=_AGAIN_S[0]))
 
     async def _assign(self, assigned: Sequence[TopicPartition]) -> None:
-        async def take(at: TopicPartition) -> None:
+        """Begin to take partitions; aiokafka sends no heartbeat until this returns, so it must not last."""
+        self._consumer.pause(*assigned)  # until their state is there
+        for at in assigned:
+            self._taking[at] = asyncio.create_task(self._take(at))
+        if not assigned:
+            log.info(
+                "assigned no partition of %s: there are more workers than partitions", self.settings.kafka.points_topic
+            )
+            self.assigned.set()
+
+    async def _take(self, at: TopicPartition, pause_s: float = 0.0) -> None:
+        """Restore a partition and let its points come, however long the broker is away."""
+        trouble = Trouble()
+        while True:
+            await asyncio.sleep(pause_s)
             made_by = self.make_detector
             partition = Partition(at, self.settings, made_by, self.store)
-            await partition.start(self._consumer)
-            if self.make_detector is not made_by:  # the rules have changed meanwhile
-                partition.change_detector(self.make_detector())
-            self.partitions[at] = partition  # at once: what is fetched behind the seek must find it
-
-        try:
-            await asyncio.gather(*(take(at) for at in assigned))
-        except Exception as e:
-            self._problem = e  # aiokafka would log it and go on without the partition
-            raise
-        log.info("assigned %d partitions of %s", len(assigned), self.settings.kafka.points_topic)
-        self.assigned.set()
+            try:
+                await partition.start(self._consumer)
+                break
+            except (KafkaError, OSError) as e:
+                if in_vain(e):
+                    why = explained(e, self.settings.kafka, wish="Write")
+                    self._problem = BrokerError(f"cannot take partition {at.partition} of {at.topic}: {why}")
+                    return
+                trouble.say(f"cannot take {at}: {e!r}; trying again")
+            except Exception as e:
+                self._problem = e
+                return
+            pause_s = min(max(2 * pause_s, _AGAIN_S[0]), _AGAIN_S[1])
+        if self.make_detector is not made_by:  # the rules have changed meanwhile
+            await partition.change_detector(self.make_detector())
+        # In one go: what is fetched behind the seek must find the partition.
+        self.partitions[at] = partition
+        del self._taking[at]
+        self._consumer.resume(at)
+        if not self._taking:
+            log.info("assigned %d partitions of %s", len(self.partitions), self.settings.kafka.points_topic)
+            self.assigned.set()
 
     async def _revoke(self, revoked: Sequence[TopicPartition]) -> None:
-        leaving = [self.partitions.pop(at) for at in revoked if at in self.partitions]
-        await asyncio.gather(*(partition.stop() for partition in leaving))
-        for partition in leaving:
+        await self._let_go(revoked, _REVOKE_S)
+
+    async def _let_go(self, leaving: Sequence[TopicPartition], limit_s: float) -> None:
+        """Settle and flush partitions and let go of them; of those that are still on their way, too."""
+        for task in [self._taking.pop(at) for at in list(self._taking)]:
+            await ended(task)
+        stopping = [self.partitions.pop(at) for at in leaving if at in self.partitions]
+        await asyncio.gather(*(partition.stop(limit_s) for partition in stopping))
+        for partition in stopping:
             self._gone.add(partition.detector.counts)

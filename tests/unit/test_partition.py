@@ -18,6 +18,7 @@ from stream.results import DetectorConfig, Served
 from stream.settings import load_settings
 from stream.store import Saved, Store
 from tests.helpers import MINUTE, Persistence
+from tests.live import until
 
 AT = TopicPartition("kpi.points", 0)
 HOUR = 60 * MINUTE
@@ -52,9 +53,9 @@ def silent(one: Partition) -> list[str]:
     return [index.names[slot] for slot in np.flatnonzero(one.detector.silence.silent[: len(index.names)])]
 
 
-def test_it_judges_by_the_clock_and_says_it_once() -> None:
+async def test_it_judges_by_the_clock_and_says_it_once() -> None:
     one = partition()
-    one.accept([record(0, "a", 0, NOW), record(1, "b", 0, NOW + 4 * MINUTE)])
+    await one.accept([record(0, "a", 0, NOW), record(1, "b", 0, NOW + 4 * MINUTE)])
     one.judge_silence(NOW + 6 * MINUTE)
     one.judge_silence(NOW + 6 * MINUTE + 1)
     assert said(one) == ["a silent"] and one.clock == Clock(NOW + 6 * MINUTE + 1, 2)
@@ -62,7 +63,7 @@ def test_it_judges_by_the_clock_and_says_it_once() -> None:
     assert one.clock.ms == NOW + 6 * MINUTE + 1, "it never goes back"
 
 
-def test_a_muted_stretch_is_judged_at_its_place_and_no_later() -> None:
+async def test_a_muted_stretch_is_judged_at_its_place_and_no_later() -> None:
     """Before the kill: `a` was silent at offset 1; `b` came behind, bearing an old time, and was not judged yet."""
     clock = Clock(NOW + 6 * MINUTE, 1)
     log = [record(0, "a", 0, NOW), record(1, "b", 0, NOW), record(2, "c", 0, NOW + 6 * MINUTE)]
@@ -71,27 +72,27 @@ def test_a_muted_stretch_is_judged_at_its_place_and_no_later() -> None:
         one.judge_silence(NOW + HOUR)
         assert one.clock == clock, "not before its place is reached"
         for batch in cuts:
-            one.accept(batch)
+            await one.accept(batch)
         assert silent(one) == ["a"] and said(one) == []
         one.judge_silence(NOW + 6 * MINUTE + 1)
         assert said(one) == ["b silent"], "what was said is not said again, what was not is not lost"
 
 
-def test_a_place_between_two_records_is_reached_with_the_next() -> None:
+async def test_a_place_between_two_records_is_reached_with_the_next() -> None:
     """Markers of transactions lie there, and are never handed out."""
     clock = Clock(NOW + 6 * MINUTE, 2)
     one = partition(muted_until=4, settled=4, clock=clock, _repeat=clock)
-    one.accept([record(0, "a", 0, NOW)])
+    await one.accept([record(0, "a", 0, NOW)])
     assert silent(one) == []
-    one.accept([record(3, "b", 0, NOW + 6 * MINUTE)])
+    await one.accept([record(3, "b", 0, NOW + 6 * MINUTE)])
     assert silent(one) == ["a"] and said(one) == []
 
 
-def test_who_falls_silent_by_the_point_of_another_is_saved() -> None:
+async def test_who_falls_silent_by_the_point_of_another_is_saved() -> None:
     one = partition()
-    one.accept([record(0, "a", 0, NOW + HOUR)])
+    await one.accept([record(0, "a", 0, NOW + HOUR)])
     one._dirty[:] = False
-    one.accept([record(1, "b", 9, NOW + HOUR)])
+    await one.accept([record(1, "b", 9, NOW + HOUR)])
     assert said(one) == ["a silent"] and one._dirty[one.detector.index["a"]]
 
 
@@ -112,13 +113,13 @@ class Saves(Store):
 async def test_a_state_of_the_muted_stretch_claims_no_clock_that_is_not_in_it() -> None:
     clock, store = Clock(NOW + 6 * MINUTE, 2), Saves()
     one = partition(muted_until=3, settled=3, clock=clock, _repeat=clock, store=store)
-    one.accept([record(0, "a", 0, NOW)])
+    await one.accept([record(0, "a", 0, NOW)])
     await one._flush()
-    one.accept([record(1, "b", 0, NOW)])
+    await one.accept([record(1, "b", 0, NOW)])
     await one._flush()
     await one._flush()
     assert [(offset, blobs[CLOCK_FIELD]) for offset, blobs in store.saved] == [(1, b"0"), (2, b"%d" % clock.ms)]
-    one.accept([record(2, "b", 1, NOW + MINUTE)])
+    await one.accept([record(2, "b", 1, NOW + MINUTE)])
     one.judge_silence(NOW + HOUR)
     assert said(one) == ["b silent"]
     one._told, one.settled = one._said, one.position
@@ -133,29 +134,30 @@ def test_the_clock_is_written_as_it_is_read() -> None:
 # -- another detector ---------------------------------------------------------------------------------------------
 
 
-def test_another_detector_keeps_what_fits() -> None:
+async def test_another_detector_keeps_what_fits() -> None:
     one = partition()
-    one.accept([record(n, name, n // 3, NOW + HOUR) for n, name in enumerate(["a", "b", "x.c"] * 20)])
+    await one.accept([record(n, name, n // 3, NOW + HOUR) for n, name in enumerate(["a", "b", "x.c"] * 20)])
     before = one.detector
     assert before.counts.points == 60
-    one.change_detector(make(Rule(("x.*",), watch=False), Rule(policy=Policy(interval_ms=MINUTE, silent_after=9))))
+    await one.change_detector(
+        make(Rule(("x.*",), watch=False), Rule(policy=Policy(interval_ms=MINUTE, silent_after=9)))
+    )
     assert one.detector is not before and one.detector.counts.points == 60
     assert one.detector.watched(np.arange(3, dtype=np.int32)).tolist() == [True, True, False]
     row, old = one.detector.row_of[one.detector.index["a"]], before.row_of[before.index["a"]]
     assert one.detector.groups[0].windows.newest[row] == before.groups[0].windows.newest[old]
     assert one.detector.silence.span_ms[one.detector.index["a"]] == 9 * MINUTE
     assert one._dirty.all(), "all of it is written"
-    one.accept([record(60, "x.c", 20, NOW + HOUR), record(61, "a", 20, NOW + HOUR)])
+    await one.accept([record(60, "x.c", 20, NOW + HOUR), record(61, "a", 20, NOW + HOUR)])
     assert one.detector.counts.unwatched == 1
 
 
 async def test_a_flush_that_fails_after_the_detector_has_changed_breaks_nothing() -> None:
     one = partition(Rule(("x.*",), watch=False), Rule(policy=Policy(interval_ms=MINUTE)))
-    one.accept([record(n, name, 0, NOW) for n, name in enumerate([*(f"x.{n}" for n in range(200)), "a"])])
+    await one.accept([record(n, name, 0, NOW) for n, name in enumerate([*(f"x.{n}" for n in range(200)), "a"])])
     flushing = asyncio.create_task(one._flush())
-    await asyncio.sleep(0)  # packed, and waiting for what was taken in to be settled
-    assert not one._dirty.any()
-    one.change_detector(make())
+    await until(lambda: not one._dirty.any(), "packed, and waiting for what was taken in to be settled")
+    await one.change_detector(make())
     assert len(one._dirty) < 200, "who was not watched has no place any more"
     flushing.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -165,9 +167,10 @@ async def test_a_flush_that_fails_after_the_detector_has_changed_breaks_nothing(
 
 async def test_a_flush_waits_for_what_the_clock_has_said() -> None:
     one = partition(settled=1, flushed=0)
-    one.accept([record(0, "a", 0, NOW)])
+    await one.accept([record(0, "a", 0, NOW)])
     one.judge_silence(NOW + HOUR)
     flushing = asyncio.create_task(one._flush())
+    await until(lambda: not one._dirty.any(), "packed")
     for _ in range(20):
         await asyncio.sleep(0.005)
     assert not flushing.done(), "the record is settled, the silence behind it is not"
