@@ -23,7 +23,7 @@ from stream.events import Event
 from stream.sample import KINDS, generate
 from stream.settings import Settings, load_settings
 from stream.topics import ensure_topics
-from tests.faults.judge import Refused, Verdict, end_offsets, judge_events, judge_rejects, read_committed
+from tests.faults.judge import Refused, Verdict, end_offsets, judge_events, judge_rejects, read_committed, refusals
 from tests.faults.proxy import Proxy
 from tests.faults.schedule import BROKER, KILL, LINK, STORE, Fault, Plan, schedule
 from tests.faults.stage import Progress, Sender, Worker
@@ -36,6 +36,7 @@ _WATCH_S = 0.25
 _STOP_S = 40.0
 _READY_S = 45.0  # a kill waits so long for its worker to have partitions
 _INTERVAL_S = 300  # of the points: with 30 intervals of silence, no clock on the wall can find one within 2.5 hours
+_LAST = 0.97  # share of the points that is sent while faults are still to come
 _KEPT_BACKUPS = 3
 # Many small steps, for faults to fall between, and many events, for faults to lose.
 _DETECTION = {
@@ -56,7 +57,7 @@ class Report:
     records: int = 0
     events: Verdict = field(default_factory=Verdict)
     rejects: Verdict = field(default_factory=Verdict)
-    recovered_s: list[float] = field(default_factory=list)
+    recovered_s: dict[str, list[float]] = field(default_factory=dict)  # static, dynamic: from kill to next commit
     exits: list[str] = field(default_factory=list)  # of workers, that nobody asked for
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -69,16 +70,18 @@ class Report:
     def table(self) -> str:
         """Return it as a table, one thing a line, and how to repeat it."""
         plan = self.plan
-        recovered = sorted(self.recovered_s) or [0.0]
         rows = [(kind, str(count)) for kind, count in sorted(self.faults.items())]
         rows += [
             ("faults in all", str(self.faults.total())),
             ("records (with unreadable ones)", f"{self.records:,}"),
             ("events", self.events.counts()),
             ("rejects", self.rejects.counts()),
-            (
-                "kill to next commit of a partition",
-                f"median {statistics.median(recovered):.1f} s, longest {recovered[-1]:.1f} s",
+            *(
+                (
+                    f"kill of a {what} member to next commit of a partition",
+                    f"median {statistics.median(some):.1f} s, longest {max(some):.1f} s",
+                )
+                for what, some in sorted(self.recovered_s.items())
             ),
             ("workers that ended by themselves", str(len(self.exits))),
             ("seconds", f"{self.seconds:.0f}"),
@@ -100,12 +103,12 @@ class Report:
 
 def data(plan: Plan) -> Points:
     """Return KPIs of all kinds with incidents and hours of silence, merged by time."""
-    days = plan.points / plan.series * _INTERVAL_S / 86_400
+    days = 1.1 * plan.points / plan.series * _INTERVAL_S / 86_400  # some are missing
     samples = [
         generate(days, _INTERVAL_S, plan.seed * 1000 + n, START_MS, kind=KINDS[n % len(KINDS)], name=f"kpi-{n:03d}")
         for n in range(plan.series)
     ]
-    return backtest.sample_points(samples)
+    return backtest.sample_points(samples).take(slice(0, plan.points))
 
 
 class Chaos:
@@ -176,7 +179,13 @@ class Chaos:
         # the next fault finds all of them at work.
         ahead = max(2 * len(points) // (len(self.left) + 1), 600)
         sender = Sender(
-            self.broker.bootstrap, settings.kafka, points, progress, ahead, self.plan.seed, lambda: bool(self.left)
+            self.broker.bootstrap,
+            settings.kafka,
+            points,
+            progress,
+            ahead,
+            self.plan.seed,
+            lambda: _LAST if self.left else 1,
         )
         watching = asyncio.create_task(self._watch(workers))
         sending = asyncio.create_task(sender.run())
@@ -223,7 +232,7 @@ class Chaos:
                 while not worker.has_partitions() and time.monotonic() < deadline:
                     await asyncio.sleep(_LOOK_S)
                 await asyncio.sleep(fault.later_s)
-                progress.note_kill(sender.sent)
+                progress.note_kill(sender.sent, "static" if fault.worker < self.plan.static else "dynamic")
                 await worker.kill()
             else:
                 task = asyncio.create_task(self._later(fault))
@@ -344,9 +353,7 @@ class Chaos:
             said = await asyncio.to_thread(read_committed, bootstrap, kafka.anomalies_topic)
             self.report.events = judge_events([message.value() or b"" for message in said], should)
             refused = await asyncio.to_thread(read_committed, bootstrap, kafka.rejects_topic)
-            self.report.rejects = judge_rejects(
-                [Refused.of(one.partition() or 0, one.headers() or []) for one in refused], sender.rejects
-            )
+            self.report.rejects = judge_rejects(refusals(refused), sender.rejects)
         else:  # librdkafka misses committed records of noida-db behind aborted ones
             self.report.events = judge_events([events.encode(one) for one in await published(direct)], should)
             again = await read_all(direct, kafka.rejects_topic)

@@ -82,6 +82,11 @@ class Refused:
         return cls(stands_in, int(said["tocsin-partition"]), int(said["tocsin-offset"]), said["tocsin-reason"])
 
 
+def refusals(messages: Sequence[Message]) -> list[Refused]:
+    """Return what records of the rejects topic tell."""
+    return [Refused.of(one.partition() or 0, one.headers() or []) for one in messages]
+
+
 def judge_rejects(published: Sequence[Refused], should: Mapping[tuple[int, int], str]) -> Verdict:
     """Compare refused records by where they stand in the points topic, (partition, offset) -> reason."""
     verdict = Verdict(len(should), len(published))
@@ -152,5 +157,6 @@ def _consumer(bootstrap: str, isolation: str) -> Consumer:
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "isolation.level": isolation,
+            "log_level": 0,
         }
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import re
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,6 @@ from stream.settings import KafkaSettings
 from stream.verify import partition_of
 
 _LOOK_S = 0.02
-_LAST = 0.97  # share of the points that is sent while faults are still to come
 _BAD_EVERY = 211  # points to one record that nobody can read
 _ASSIGNED = re.compile(r"assigned [1-9]\d* partitions")
 _SPARE = b'{"kpi":"a","timestamp":1,'
@@ -58,16 +59,17 @@ class Progress:
                 "log_level": 0,
             }
         )
-        self._waiting: list[tuple[float, dict[int, int]]] = []
-        self.recovered_s: list[float] = []  # from a kill to the next committed offset of each partition that waited
+        self._waiting: list[tuple[str, float, dict[int, int]]] = []
+        # By kind of member: from a kill to the next committed offset of each partition in which records waited.
+        self.recovered_s: dict[str, list[float]] = defaultdict(list)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def note_kill(self, sent: Sequence[int]) -> None:
+    def note_kill(self, sent: Sequence[int], member: str) -> None:
         """Measure from now how long it takes until each partition in which records wait has gone on."""
         behind = {p: now for p, now in enumerate(self.committed) if sent[p] > now}
-        self._waiting.append((time.monotonic(), behind))
+        self._waiting.append((member, time.monotonic(), behind))
 
     def close(self) -> None:
         self._ended.set()
@@ -85,11 +87,11 @@ class Progress:
             self.committed = [max(one.offset, 0) for one in found]
             if (total := sum(self.committed)) != self.total:
                 self.total, self.changed = total, time.monotonic()
-            for since, behind in self._waiting:
+            for member, since, behind in self._waiting:
                 for partition in [p for p, was in behind.items() if self.committed[p] > was]:
                     del behind[partition]
-                    self.recovered_s.append(time.monotonic() - since)
-            self._waiting = [one for one in self._waiting if one[1]]
+                    self.recovered_s[member].append(time.monotonic() - since)
+            self._waiting = [one for one in self._waiting if one[2]]
 
 
 @dataclass
@@ -102,7 +104,7 @@ class Sender:
     progress: Progress
     ahead: int
     seed: int
-    hold_back: Callable[[], bool]  # whether the last stretch has to wait: faults are still to come
+    limit: Callable[[], float]  # share of the points that may be sent so far: faults are still to come
     sent: list[int] = field(init=False)  # acknowledged, by partition
     rejects: dict[tuple[int, int], str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -143,8 +145,9 @@ class Sender:
     async def _room(self, producer: Producer, total: int) -> None:
         while True:
             producer.poll(0)
-            last = self.given > _LAST * total and self.hold_back()
-            if self.given < self.progress.total + self.ahead and not last:
+            # Unreadable records come on top of the points: no limit must stop the last of those.
+            most = self.limit() * total if self.limit() < 1 else math.inf
+            if self.given < min(self.progress.total + self.ahead, most):
                 return
             await asyncio.sleep(_LOOK_S)
 

@@ -23,7 +23,7 @@ from tests.faults.proxy import Proxy
 from tests.live import backtested, digest, published, sample_points, settings_for, until, until_committed, working
 from tests.servers import StoreServer
 
-POINTS = sample_points(days=7)
+POINTS = sample_points(days=4)
 NOT_WRITTEN = "state not written"
 LOST = "lost its state"
 
