@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import ssl
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,7 +28,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from stream.errors import ConfigError, StoreError
-from stream.security import redis_options
+from stream.security import REDIS, redis_options
 from stream.settings import RedisSettings
 
 OFFSET_FIELD = b"\x00offset"  # a series' name holds no control characters
@@ -59,6 +61,19 @@ class Saved(enum.Enum):
         return self is Saved.DONE
 
 
+class _Retry(Retry):
+    """Tries no login and no certificate again that were refused: redis-py takes that for a broken connection."""
+
+    async def call_with_retry(
+        self, do: Any, fail: Any, is_retryable: Any = None, with_failure_count: bool = False
+    ) -> Any:
+        def worth_it(error: Exception) -> bool:
+            refused = isinstance(error, AuthenticationError) or _untrusted(error) is not None
+            return not refused and (is_retryable is None or is_retryable(error))
+
+        return await super().call_with_retry(do, fail, worth_it, with_failure_count)
+
+
 class Store:
     """State of partitions in Redis or Valkey. Not connected until first used; `close` it, or use it in `async with`.
 
@@ -76,12 +91,13 @@ class Store:
         self, url: str, *, prefix: str = "tocsin", socket_timeout_s: float = _SOCKET_TIMEOUT_S, **options: Any
     ) -> None:
         self.address = redacted(url)
+        self._login = f"{REDIS}USERNAME and {REDIS}PASSWORD" if "password" in options else _SETTING
         self._prefix = prefix
         try:
             self._redis: Redis = Redis.from_url(
                 url,
                 socket_timeout=socket_timeout_s,
-                retry=Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.05), _RETRIES),
+                retry=_Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.05), _RETRIES),
                 **options,
             )
         except (ValueError, TypeError):
@@ -108,10 +124,11 @@ class Store:
         await self.close()
 
     async def connect(self, deadline_s: float) -> None:
-        """Wait until the store answers, for at most `deadline_s` seconds.
+        """Wait until the store answers, for at most `deadline_s` seconds, and make sure that it allows what is needed.
 
         Raises:
-            StoreError: it does not, or lets us not in (at once); the message names its address and the setting.
+            StoreError: it does not, lets us not in or allows too little (at once); the message names its address and
+                the setting, or what is not allowed.
         """
         started = time.monotonic()
         backoff = ExponentialWithJitterBackoff(cap=1.0, base=0.05)
@@ -122,19 +139,59 @@ class Store:
                 async with asyncio.timeout(max(remaining_s, 0.1)):
                     await cast(Awaitable[Any], self._redis.ping())
                 _end_if_cancelled()
-                return
+                break
             except (AuthenticationError, NoPermissionError) as e:
-                raise StoreError(f"the store at {self.address} lets us not in: {e}; see {_SETTING}") from e
+                raise StoreError(f"the store at {self.address} lets us not in: {e}; see {self._login}") from e
             except (RedisError, OSError) as e:  # a TimeoutError is an OSError
+                if (untrusted := _untrusted(e)) is not None:
+                    raise StoreError(
+                        f"the store at {self.address} lets us not in: its certificate is not accepted, "
+                        f"{untrusted.verify_message}; see {REDIS}SSL_CAFILE"
+                    ) from e
                 failures += 1
                 pause_s = backoff.compute(failures)
                 tried_s = time.monotonic() - started
                 if tried_s + pause_s >= deadline_s:
                     raise StoreError(
                         f"cannot reach the store at {self.address} (tried for {tried_s:.1f} s): "
-                        f"{_reason(e)}; set {_SETTING} to your Redis"
+                        f"{_reason(e)}{self._tls_or_not(e)}; set {_SETTING} to your Redis"
                     ) from e
             await asyncio.sleep(pause_s)
+        try:
+            await self.check()
+        except StoreError as e:
+            # Anything else, such as a store that is full, passes: it is a cache, and the worker goes on without.
+            if isinstance(e.__cause__, NoPermissionError):
+                raise
+
+    async def check(self) -> None:
+        """Do what a worker does, with a key of no partition, to see whether all of it is allowed.
+
+        Raises:
+            StoreError: something is not, or the store fails; the message says what.
+        """
+        group, topic = "check", uuid.uuid4().hex
+        try:
+            await self.save(group, topic, 0, 1, {b"a": b"", b"b": b""}, whole=True)
+            await self.save(group, topic, 0, 2, {b"a": b""}, deleted=[b"b"], base=1)
+            await self.save(group, topic, 0, 0, {})  # refused, as it is older: ends with UNWATCH
+            await self.load(group, topic, 0)
+            await self.fields(group, topic, 0, [b"a"])
+            await self.drop(group, topic, 0)
+        except StoreError as e:
+            if isinstance(e.__cause__, NoPermissionError):
+                raise StoreError(
+                    f"the store at {self.address} allows us too little: {e.__cause__} (deploy/acl/users.acl gives it)"
+                ) from e.__cause__
+            raise
+
+    def _tls_or_not(self, error: Exception) -> str:
+        """Return a hint, if a server seems to be there that does not speak as the URL says."""
+        if self.address.startswith("rediss:"):
+            strange = isinstance(error, TimeoutError) or any(isinstance(one, ssl.SSLError) for one in _causes(error))
+            return " (is it a TLS port?)" if strange else ""
+        closed = any("closed by server" in str(one) or isinstance(one, ConnectionResetError) for one in _causes(error))
+        return " (is it a TLS port? then rediss://)" if closed else ""
 
     async def ping(self) -> None:
         """Return if the store answers.
@@ -364,6 +421,18 @@ def _refused(stored: int | None, offset: int, base: int | None) -> Saved | None:
     if base is not None and (stored is None or stored < base):
         return Saved.LOST
     return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or one.__context__
+
+
+def _untrusted(error: Exception) -> ssl.SSLCertVerificationError | None:
+    """Return why the server's certificate is not accepted, if that is it."""
+    return next((one for one in _causes(error) if isinstance(one, ssl.SSLCertVerificationError)), None)
 
 
 def _reason(error: Exception) -> str:
