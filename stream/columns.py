@@ -40,12 +40,13 @@ class Entity:
 class SeriesIndex(dict[str, int]):
     """Series name -> slot, the row that the series has in every array of a detector.
 
-    Looking a new name up gives it the next slot. A name that cannot be a series name gives -1 and is
+    Looking a new name up gives it a slot. A name that cannot be a series name gives -1 and is
     not kept, so that junk cannot fill the memory.
 
     Attributes:
-        names: the name of each slot.
+        names: the name of each slot; "" of one that is free.
         entities: those that are watched as one series, by slot.
+        new: slots that were given since somebody last emptied this list.
     """
 
     def __init__(
@@ -60,19 +61,43 @@ class SeriesIndex(dict[str, int]):
         """
         super().__init__()
         self.names: list[str] = []
+        self.new: list[int] = []
         self.entities: dict[int, Entity] = {}
         self._metrics_of = metrics_of
         self._by_metric: set[str] = set()  # entities that are watched metric by metric
+        self._released: list[int] = []  # slots to be freed before the next batch
+        self._free: list[int] = []
         for name in names:
             self[name]
 
     def __missing__(self, name: str) -> int:
         if name_problem(name) is not None:
             return -1
-        slot = len(self.names)
+        if self._free:
+            slot = self._free.pop()
+            self.names[slot] = name
+        else:
+            slot = len(self.names)
+            self.names.append(name)
         self[name] = slot
-        self.names.append(name)
+        self.new.append(slot)
         return slot
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Let the names of slots be forgotten once nothing of the batch in hand speaks of them any more."""
+        self._released = [slot for slot in slots if self.names[slot]]
+
+    def begin_batch(self) -> None:
+        """Forget what was released; those slots go to the next new names."""
+        if not self._released:
+            return
+        for slot in self._released:
+            del self[self.names[slot]]
+            self.names[slot] = ""
+            self.entities.pop(slot, None)
+        self._free += self._released
+        self._released = []
+        self._by_metric.clear()
 
     def entity(self, name: str) -> Entity | None:
         """Return the entity of a name that can be one; None if it is watched metric by metric."""
@@ -128,8 +153,8 @@ class Columns:
     def __len__(self) -> int:
         return len(self.slot)
 
-    def take(self, which: npt.NDArray[np.integer] | BoolArray) -> Self:
-        """Return the points that `which` (indices or a mask) names, in its order."""
+    def take(self, which: npt.NDArray[np.integer] | BoolArray | slice) -> Self:
+        """Return the points that `which` (indices, a mask or a slice) names, in its order."""
         return type(self)(*(getattr(self, f.name)[which] for f in fields(self)))
 
     @classmethod

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from stream import silence as silences
+from stream.admission import Admission, Plan, Series, plan
 from stream.columns import BoolArray, Columns, Int32Array, Int64Array, SeriesIndex, grown
 from stream.events import (
     TYPE_RESUMED,
@@ -27,11 +28,15 @@ from stream.group import Group
 from stream.places import NOWHERE as UNWATCHED
 from stream.places import Places
 from stream.policy import PolicyTable, Rule
+from stream.records import Reason, Reject
 from stream.results import Counts, DetectorConfig, Result, Served
 from stream.ruleset import RuleSet
 from stream.silence import Silence
 
 __all__ = ["Counts", "Detector", "DetectorConfig", "Result", "Served"]
+
+
+_SPARE_MAX = 65_536  # names that are known of series without a place; then they are forgotten
 
 
 class Detector:
@@ -79,7 +84,8 @@ class Detector:
         self.shadows = Places(config, self.rules, shadows or [None] * len(rules), self.table, Counts())
         self.index = SeriesIndex(metrics_of=self._metrics_of)
         self.rule_of: Int64Array = np.zeros(0, np.int64)
-        self._known = 0  # series that have been given their places
+        self.admission = Admission(config.series_max, config.idle_ms, self.table)
+        self.spare_max = _SPARE_MAX
 
     @property
     def groups(self) -> list[Group]:
@@ -110,25 +116,51 @@ class Detector:
         return one.metrics if one is not None and one.model.features > 1 else None
 
     def admit(self) -> None:
-        """Give the series that are new to the index their places."""
+        """Give all series that are new to the index their places."""
+        new = self._register()
+        self._place(new[self.group_of[new] >= 0])
+
+    def _register(self) -> Int64Array:
+        """Find the rules and groups of series that are new to the index; return their slots."""
         names = self.index.names
-        if self._known == len(names):
-            return
+        new = np.array(self.index.new, np.int64)
+        if not len(new):
+            return new
+        self.index.new.clear()
         if len(names) > len(self.rule_of):
             room = max(len(names), 2 * len(self.rule_of), 64)
             self.rule_of = grown(self.rule_of, room, UNWATCHED)
             for part in (self.places, self.shadows, self.silence):
                 part.resize(room)
-        new = np.arange(self._known, len(names))
         for slot in new.tolist():
             self.rule_of[slot] = self.rule_for(names[slot], entity=slot in self.index.entities)
-        rule, of_new = self.rule_of[new], names[self._known :]
-        self.places.add(new, of_new, rule)
+        rule, of_new = self.rule_of[new], [names[slot] for slot in new.tolist()]
+        self.places.assign(new, of_new, rule)
         if self.shadows.groups:
-            self.shadows.add(new, of_new, rule)
-        watched = new[self.group_of[new] >= 0]
-        self.silence.span_ms[watched] = self._span(self.rule_of[watched], self.table.interval_ms[self.rule_of[watched]])
-        self._known = len(names)
+            self.shadows.assign(new, of_new, rule)
+        return new
+
+    def _place(self, slots: Int64Array) -> None:
+        """Give watched series their places."""
+        rule, names = self.rule_of[slots], self.names(slots.tolist())
+        self.places.add(slots, names, rule)
+        if self.shadows.groups:
+            self.shadows.add(slots, names, rule)
+        self.silence.span_ms[slots] = self._span(rule, self.table.interval_ms[rule])
+        self.admission.count(rule, 1)
+
+    def _evict(self, evicted: Sequence[tuple[int, int]], result: Result) -> None:
+        """Forget series, each for the record that takes its place."""
+        for slot, row in evicted:
+            if self.silence.span_ms[slot] and not self.silence.silent[slot]:  # that record would have shown it
+                self._tell(self.silence.fallen(slot, row), "event_time", result)
+            result.evicted.append(self.index.names[slot])
+        slots = np.array([slot for slot, _ in evicted], np.int64)
+        self.places.remove(slots)
+        self.shadows.remove(slots)
+        self.silence.reset(slots)
+        self.admission.count(self.rule_of[slots], -1)
+        self.counts.evicted += len(slots)
 
     def _span(self, rule: int | Int64Array, interval_ms: int | Int64Array) -> Int64Array:
         span: Int64Array = np.asarray(self.table.silent_after[rule] * interval_ms)
@@ -149,8 +181,8 @@ class Detector:
             arrived_ms: when each record arrived, ms since 1970, (N,); -1 unknown. Silence by the clock goes by it.
             want_scores: return the score of each cell, too.
         """
-        self.admit()
-        result = Result()
+        self._register()
+        result, heard, beside = Result(), Result(), Result()
         self.counts.points += len(points)
         arrived = np.full(len(points), -1) if arrived_ms is None else arrived_ms
         # A null says no more than its absence does: the cell is completed when the next value shows the gap.
@@ -160,23 +192,68 @@ class Detector:
         self.counts.unwatched += int((unwatched & ~missing).sum())
         if (out := missing | unwatched).any():
             points, arrived = points.take(~out), arrived[~out]
-        self.places.accept(points, result, want_scores=want_scores)
+        while len(points):
+            now = self._admitted(points, arrived, heard)
+            part = np.arange(now.end)
+            if now.refused:
+                part = np.delete(part, [i for i, _ in now.refused])
+                result.rejects += [self._refusal(points, i, reason) for i, reason in now.refused]
+                self.counts.refused += len(now.refused)
+            rest = len(part) < len(points)
+            some, since = (points.take(part), arrived[part]) if rest else (points, arrived)
+            self._go_through(some, since, result, heard, beside, want_scores=want_scores)
+            points, arrived = points.take(slice(now.end, None)), arrived[now.end :]
         if self.shadows.groups:
-            beside = Result()
-            self.shadows.accept(points, beside)
             result.shadow = [shadowed(event) for event in beside.in_order().events]
             self.counts.shadow_events += len(result.shadow)
-        heard = Result()
-        if len(points):
-            span = self._span(self.rule_of[points.slot], self._intervals(points))
-            # A clock that runs ahead must not make all others look silent: no event is later than its arrival.
-            time = np.where(arrived >= 0, np.minimum(points.timestamp_ms, arrived), points.timestamp_ms)
-            changes = self.silence.accept(points.slot, time, arrived, points.row, span)
-            self._tell(changes, "event_time", heard)
         result.events = heard.events + result.events  # of one record and series the silence comes first
         result.event_rows = heard.event_rows + result.event_rows
+        result.evicted = heard.evicted
         self.counts.events += len(result.events)
+        spare = len(self.index) - self.places.taken > self.spare_max
+        self.index.release(np.flatnonzero(self.row_of[: len(self.index.names)] < 0).tolist() if spare else ())
         return result.in_order()
+
+    def _admitted(self, points: Columns, arrived: Int64Array, heard: Result) -> Plan:
+        """Give the new series of the first points their places; return which points those are."""
+        if (self.row_of[points.slot] >= 0).all():
+            return Plan(len(points))
+        placed = self.row_of >= 0
+        series = Series(self.index.names, self.rule_of, placed, self.silence, self.places.opened)
+        now = plan(self.admission, series, points, _heard_ms(points, arrived))
+        if now.evicted:
+            self._evict(now.evicted, heard)
+        if now.admitted:
+            self._place(np.array(now.admitted, np.int64))
+        return now
+
+    def _refusal(self, points: Columns, i: int, reason: Reason) -> Reject:
+        slot = int(points.slot[i])
+        rule, new = self.rules[int(self.rule_of[slot])], f"the series {self.index.names[slot]!r} is new"
+        if reason == "quota":
+            detail = f"{new}, and its rule {rule.name!r} has the {rule.policy.series_max} that its `series_max` allows"
+        else:
+            detail = f"{new}, and there are {self.config.series_max} in this partition (TOCSIN_SERIES_MAX)"
+        return Reject(int(points.row[i]), reason, f"{detail}; none that may go for it is idle")
+
+    def _go_through(
+        self,
+        points: Columns,
+        arrived: Int64Array,
+        result: Result,
+        heard: Result,
+        beside: Result,
+        *,
+        want_scores: bool,
+    ) -> None:
+        """Take points of series that have their places; what comes of silence goes to `heard`, of shadows `beside`."""
+        self.places.accept(points, result, want_scores=want_scores)
+        if self.shadows.groups:
+            self.shadows.accept(points, beside)
+        if len(points):
+            span = self._span(self.rule_of[points.slot], self._intervals(points))
+            changes = self.silence.accept(points.slot, _heard_ms(points, arrived), arrived, points.row, span)
+            self._tell(changes, "event_time", heard)
 
     def _intervals(self, points: Columns) -> Int64Array:
         """Return the interval that the series of each point has after it, (N,); 0 while it is not known."""
@@ -251,3 +328,8 @@ class Detector:
         """Say of each series whether a rule watches it."""
         watched: BoolArray = self.group_of[slots] >= 0
         return watched
+
+
+def _heard_ms(points: Columns, arrived: Int64Array) -> Int64Array:
+    """Return when each point was heard in event time: a clock that runs ahead must not make all others look silent."""
+    return np.where(arrived >= 0, np.minimum(points.timestamp_ms, arrived), points.timestamp_ms)

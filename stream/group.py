@@ -97,7 +97,8 @@ class Group:
         self.counts = counts
         self.features, self.window = served.model.features, served.model.history
         self.waits = self.features > 1 or bool(table.wait.any())  # whether any series may
-        self.names: list[str] = []  # of each row; a copy's is empty
+        self.names: list[str] = []  # of each row; that of a copy and of a free row is empty
+        self._free: dict[int, list[int]] = {1: [], 3: []}  # first rows of removed series, by how many each has
         self.capacity = 0
         self.placing = Placing(table)
         self.waiting = Waiting(self.window, self.features)
@@ -138,9 +139,7 @@ class Group:
             self.rules[rule].policy.lateness_ms > 0 and not wait for rule, wait in zip(rules, waiting, strict=True)
         ]
         rows = np.where(corrects, 3, 1)
-        slots = len(self.names) + np.cumsum(rows) - rows
-        for name, count in zip(names, rows.tolist(), strict=True):
-            self.names += [name] + [""] * (count - 1)
+        slots = np.array([self._row(name, count) for name, count in zip(names, rows.tolist(), strict=True)], np.int64)
         self._make_room(len(self.names))
         for slot, count, rule, wait in zip(slots.tolist(), rows.tolist(), rules, waiting, strict=True):
             self.rule[slot : slot + count] = rule
@@ -153,6 +152,33 @@ class Group:
             for name, slot, count in zip(names, slots.tolist(), rows.tolist(), strict=True):
                 self.member[slot : slot + count] = self.served.members[name]
         return slots
+
+    def _row(self, name: str, count: int) -> int:
+        """Return the first of so many rows for a series."""
+        if free := self._free[count]:
+            slot = free.pop()
+            self.names[slot] = name
+        else:
+            slot = len(self.names)
+            self.names += [name] + [""] * (count - 1)
+        return slot
+
+    def remove(self, slots: Int64Array) -> None:
+        """Forget series, (K,); their rows go to the next new ones."""
+        copies = slots[self.corrects[slots]]
+        for slot in slots.tolist():
+            self.names[slot] = ""
+            self._free[3 if self.corrects[slot] else 1].append(slot)
+            self.published.pop(slot, None)
+            self.fills.pop(slot, None)
+        rows = np.concatenate([slots, copies + 1, copies + 2])
+        for part in (self.placing, self.windows, self.threshold, self.incidents):
+            part.reset(rows)
+        if self.waits:
+            self.waiting.reset(rows)
+        for name, fresh, _ in self._arrays(0, 0):
+            if (array := getattr(self, name)) is not None and len(array):
+                array[rows] = fresh
 
     def lacks(self, name: str) -> bool:
         """Say whether the model is a stack that holds none for a series."""
@@ -167,22 +193,27 @@ class Group:
         if self.waits:
             self.waiting.resize(new)
         correcting = new if self.table.lateness_ms.any() else 0
-        for name, fresh, room in (
-            ("rule", 0, new),
-            ("series", -1, new),
-            ("q", 0.0, new),
-            ("first_score_ms", NEVER, new),
-            ("shift", 0.0, new),
-            ("member", 0, new),
-            ("ahead", np.nan, new),
-            ("corrects", False, new),
-            ("copied", NONE, new),
-            ("raw", np.nan, correcting),
-            ("stamp", 0, correcting),
-        ):
+        for name, fresh, room in self._arrays(new, correcting):
             if (array := getattr(self, name)) is not None:
                 setattr(self, name, grown(array, room, fresh))
         self.capacity = new
+
+    @staticmethod
+    def _arrays(rows: int, correcting: int) -> tuple[tuple[str, float, int], ...]:
+        """Return the arrays that are kept here: name, value of a fresh row, rows."""
+        return (
+            ("rule", 0, rows),
+            ("series", -1, rows),
+            ("q", 0.0, rows),
+            ("first_score_ms", NEVER, rows),
+            ("shift", 0.0, rows),
+            ("member", 0, rows),
+            ("ahead", np.nan, rows),
+            ("corrects", False, rows),
+            ("copied", NONE, rows),
+            ("raw", np.nan, correcting),
+            ("stamp", 0, correcting),
+        )
 
     def resume(self, slot: Int32Array) -> None:
         """Bring restored series up to date with what their rules ask for now."""

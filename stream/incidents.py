@@ -193,6 +193,11 @@ class Incidents:
         for name in self.ARRAYS:
             setattr(self, name, grown(getattr(self, name), capacity, NEVER if name == "resolved_ms" else 0))
 
+    def reset(self, slot: Int64Array) -> None:
+        """Make these rows those of series on which nothing has gone on yet."""
+        for name in self.ARRAYS:
+            getattr(self, name)[slot] = NEVER if name == "resolved_ms" else 0
+
     def copy_rows(self, source: npt.NDArray[np.integer], target: npt.NDArray[np.integer]) -> None:
         """Make the rows `target` what the rows `source` are."""
         for name in self.ARRAYS:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stream.columns import Columns, Int64Array, grown
+from stream.columns import BoolArray, Columns, Int64Array, grown
 from stream.group import Group
+from stream.incidents import State
 from stream.policy import PolicyTable, Rule
 from stream.results import Counts, DetectorConfig, Result, Served
 
@@ -21,6 +22,7 @@ class Places:
         groups: series by model.
         group_of: of each slot, the number of its group; NOWHERE of a series that none of them watches.
         row_of: of each slot, its row there.
+        taken: how many series have a row.
         on_general: how many series the general model watches because the stack of their rule has none for them.
     """
 
@@ -46,7 +48,7 @@ class Places:
         self.groups: list[Group] = []
         self.group_of: Int64Array = np.zeros(0, np.int64)
         self.row_of: Int64Array = np.zeros(0, np.int64)
-        self.on_general = 0
+        self.taken = self.on_general = 0
         refs: dict[str, int] = {}
 
         def number_of(one: Served | None) -> int:
@@ -64,23 +66,43 @@ class Places:
         """Give room to so many slots."""
         self.group_of, self.row_of = grown(self.group_of, room, NOWHERE), grown(self.row_of, room, NOWHERE)
 
+    def assign(self, slots: Int64Array, names: Sequence[str], rules: Int64Array) -> None:
+        """Say of slots which group each belongs to; they have no rows yet."""
+        at = zip(names, rules.tolist(), strict=True)
+        self.group_of[slots] = [self._number_for(rule, name) for name, rule in at]
+        self.row_of[slots] = NOWHERE
+
     def _number_for(self, rule: int, name: str) -> int:
         """Return the group that a series of a rule belongs to."""
         number = self._of_rule[rule] if rule >= 0 else NOWHERE
-        if number >= 0 and self.groups[number].lacks(name):
-            self.on_general += 1
-            return self._general
-        return number
+        return self._general if number >= 0 and self.groups[number].lacks(name) else number
 
     def add(self, slots: Int64Array, names: Sequence[str], rules: Int64Array) -> None:
-        """Give new series their places, all at once: each may have to be calibrated."""
-        at = zip(names, rules.tolist(), strict=True)
-        self.group_of[slots] = [self._number_for(rule, name) for name, rule in at]
+        """Give series of groups their rows, all at once: each may have to be calibrated."""
         for number, group in enumerate(self.groups):
             own = np.flatnonzero(self.group_of[slots] == number)
             if len(own):
-                some = slots[own].tolist()
-                self.row_of[some] = group.add([names[i] for i in own.tolist()], rules[own].tolist(), some)
+                some, of = slots[own].tolist(), rules[own].tolist()
+                self.row_of[some] = group.add([names[i] for i in own.tolist()], of, some)
+                self.taken += len(some)
+                self.on_general += sum(self._of_rule[rule] != number for rule in of)
+
+    def remove(self, slots: Int64Array) -> None:
+        """Forget series that have rows; their slots stay in their groups."""
+        for number, group in enumerate(self.groups):
+            own = slots[(self.group_of[slots] == number) & (self.row_of[slots] >= 0)]
+            if len(own):
+                group.remove(self.row_of[own])
+                self.row_of[own] = NOWHERE
+                self.taken -= len(own)
+
+    def opened(self, slots: Int64Array) -> BoolArray:
+        """Say of each slot whether its series has an incident that was told and has not ended, (K,)."""
+        opened = np.zeros(len(slots), np.bool_)
+        for number, group in enumerate(self.groups):
+            own = np.flatnonzero((self.group_of[slots] == number) & (self.row_of[slots] >= 0))
+            opened[own] = group.incidents.state[self.row_of[slots[own]]] == State.OPEN
+        return opened
 
     def accept(self, points: Columns, result: Result, *, want_scores: bool = False) -> None:
         """Give every group its points; those of series that are nowhere are left out."""

@@ -98,6 +98,13 @@ class Placing:
         # A configured grid goes through the first point, which of a waiting series is not the first to arrive.
         self.probing[slot] = waiting or not self.interval_ms[slot]
 
+    def reset(self, slot: Int64Array) -> None:
+        """Make these rows free; what was held of their series is forgotten."""
+        for name in (*self.ARRAYS, "waiting", "rule"):
+            getattr(self, name)[slot] = NO_PHASE if name == "phase_ms" else 0
+        if len(self.held):
+            self.held = self.held.take(~np.isin(self.held.slot, slot))
+
     def begin_batch(self) -> None:
         """Forget the changes of the batch before."""
         self.changes = []

@@ -38,6 +38,7 @@ class Policy:
     recover_ratio: float = 1.0  # a normal point counts towards it if score / threshold lies below this
     accept_after_ms: int = 12 * HOUR_MS  # an incident that lasts this long is the new normal
     cooldown_ms: int = 0  # after a resolution no opening is published for so long
+    series_max: int = 0  # series of the rule in one partition; 0: no bound of its own
 
 
 class Schedule(Protocol):
@@ -90,6 +91,7 @@ class PolicyTable:
     recover_ratio: Float64Array
     accept_after_ms: Int64Array
     cooldown_ms: Int64Array
+    series_max: Int64Array
 
     @classmethod
     def of(cls, policies: Sequence[Policy]) -> PolicyTable:

@@ -29,7 +29,7 @@ TIMESTAMP_MAX_MS = 7_258_118_400_000  # 2200-01-01: beyond it the unit is wrong 
 RECORD_BYTES_MAX = 65_536
 
 Reason = Literal["empty", "too_large", "not_utf8", "not_json", "wrong_type", "bad_name", "bad_timestamp", "bad_value",
-                 "in_the_future", "too_late", "wrong_shape"]  # fmt: skip
+                 "in_the_future", "too_late", "wrong_shape", "too_many_series", "quota"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,7 @@ def decode(
             time decides the same. None (a file) asks for no such check.
         future_limit_ms: see `arrival_ms`.
     """
+    index.begin_batch()
     rejects: list[Reject] = []
     rows: list[int] | range = range(len(raw))
     try:

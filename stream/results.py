@@ -23,6 +23,8 @@ class DetectorConfig:
     # and a single false alarm on a slope would last for hours (Hampel's rule: follow the near, ignore the far).
     follow_ratio: float = 2.0
     source: str = "tocsin"
+    series_max: int = 0  # series of one detector; 0: no bound. Beyond it a new one takes the place of an idle one …
+    idle_ms: int = 7 * 86_400_000  # … whose newest point lies further than this behind the newest one of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class Counts:
     revised: int = 0  # late points that made cells be scored again
     gaps: int = 0  # gaps longer than the window: it began anew
     regridded: int = 0  # series that got another interval
+    refused: int = 0  # points of new series that there was no room for: rejected
+    evicted: int = 0  # idle series that gave their places to new ones
     events: int = 0
     shadow_events: int = 0  # of models that judge beside the first
 
@@ -95,6 +99,7 @@ class Result:
     rejects: list[Reject] = field(default_factory=list)
     shadow: list[Event] = field(default_factory=list)  # in order; what models say that judge beside the first
     scores: list[Scores] = field(default_factory=list)
+    evicted: list[str] = field(default_factory=list)  # names of series that are forgotten; one may be back already
 
     def in_order(self) -> Result:
         """Put events and rejects into the order of their records, however the points were cut into batches.

@@ -35,7 +35,7 @@ RULE_FIELDS: Final = (
     "least_deviation",
     "drift",
     *("lateness", "late_points", "silent_after", "warmup", "open_after", "recover_after", "recover_ratio"),
-    *("accept_after", "cooldown", "maintenance", "topic", "labels"),
+    *("accept_after", "cooldown", "series_max", "maintenance", "topic", "labels"),
 )
 _WINDOW_KINDS: Final = {
     "weekly": {"days", "from", "to"},
@@ -324,6 +324,7 @@ class _File:
             "recover_ratio": take("recover_ratio", fields.number(0.01, 1.0, what="a share of the threshold")),
             "accept_after_ms": take("accept_after", fields.duration(1, LONGEST_MS)),
             "cooldown_ms": take("cooldown", fields.duration(0, LONGEST_MS)),
+            "series_max": take("series_max", fields.whole(1, 1_000_000_000)),
         }
         return replace(self.defaults, **{key: value for key, value in given.items() if value is not None})
 

@@ -129,6 +129,7 @@ def say_policy(policy: Policy, q_max: float = Q_MAX) -> list[str]:
         "recovers with": ending,
         "accepted after": f"{say_duration(p.accept_after_ms)}, as the new normal",
         "cooldown": say_duration(p.cooldown_ms) if p.cooldown_ms else "",
+        "series": f"at most {p.series_max:,} in a partition" if p.series_max else "",
     }
     return [f"{key:<15}{text}" for key, text in said.items() if text]
 

@@ -81,6 +81,11 @@ class Silence:
             fresh = NEVER if name in ("last_ms", "arrived_ms") else 0
             setattr(self, name, grown(getattr(self, name), capacity, fresh))
 
+    def reset(self, slot: Int64Array) -> None:
+        """Make these rows those of series that have sent nothing yet."""
+        for name in self.ARRAYS:
+            getattr(self, name)[slot] = NEVER if name in ("last_ms", "arrived_ms") else 0
+
     @property
     def watermark_ms(self) -> int:
         """The newest event time over all series; NEVER without a point."""
@@ -116,6 +121,12 @@ class Silence:
         np.maximum.at(self.arrived_ms, slot, arrived_ms)
         self.span_ms[slot] = span_ms  # of equal slots the last one stays
         return changes
+
+    def fallen(self, slot: int, row: int) -> Changes:
+        """Return that a series has fallen silent, by a record that passes its deadline."""
+        last, span = self.last_ms[slot], self.span_ms[slot]
+        one = (np.array([value], np.int64) for value in (row, last, last + span, span))
+        return Changes(np.full(1, Kind.SILENT, np.uint8), np.array([slot], np.int32), *one)
 
     def clock(self, now_ms: int) -> Changes:
         """Return the series that fall silent by the clock on the wall, by deadline and slot."""

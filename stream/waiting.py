@@ -42,6 +42,11 @@ class Waiting:
         for name, fresh in (("closed", NONE), ("newest", NONE), ("cell", NONE), ("time_ms", 0), ("value", np.nan)):
             setattr(self, name, grown(getattr(self, name), capacity, fresh))
 
+    def reset(self, slot: Int64Array) -> None:
+        """Make the cells of these rows empty."""
+        for name, fresh in (("closed", NONE), ("newest", NONE), ("cell", NONE), ("time_ms", 0), ("value", np.nan)):
+            getattr(self, name)[slot] = fresh
+
     def accept(self, points: Columns, cell: Int64Array, lateness: Int64Array) -> Cells:
         """Take points in, in the order of their arrival within each series; return what is ready to be stepped.
 

@@ -60,6 +60,11 @@ class Windows:
             array = getattr(self, name)
             array[target] = array[source]
 
+    def reset(self, slot: Int64Array) -> None:
+        """Make the windows of these rows fresh ones."""
+        for name in self.ARRAYS:
+            getattr(self, name)[slot] = 0
+
     def begin(self, slot: Int32Array, value: Float64Array) -> None:
         """Start the windows of these series anew, relative to their first values, (K, F) without NaN."""
         self.filled[slot] = 0

@@ -191,6 +191,7 @@ class Outputs:
 
     events: list[tuple[int, bytes]] = field(default_factory=list)
     rejects: list[tuple[int, str, str]] = field(default_factory=list)
+    evicted: list[str] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
 
     @property
@@ -223,6 +224,7 @@ def run(start: Detector, arrivals: Sequence[Record], cuts: Iterable[int] = (), r
         assert all(0 <= row < end - begin for row in result.event_rows)
         assert all(0 <= reject.row < end - begin for reject in result.rejects)
         out.events += [(begin + r, events.encode(e)) for r, e in zip(result.event_rows, result.events, strict=True)]
+        out.evicted += result.evicted
         out.rejects += [(begin + reject.row, reject.reason, reject.detail) for reject in result.rejects]
     out.counts.add(now.counts)
     return out

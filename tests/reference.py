@@ -121,6 +121,7 @@ class Series:
     inputs: dict[int, Input] = field(default_factory=dict)
     told: list[Statement] = field(default_factory=list)
     fills: dict[int, list[tuple[int, Input]]] = field(default_factory=dict)  # by the cell that was the newest then
+    used: Counter[str] = field(default_factory=Counter)  # plain ids
     # silence
     last: int | None = None
     silent: bool = False
@@ -150,12 +151,13 @@ class Reference:
     def __init__(self, config: DetectorConfig, rules: Sequence[Rule], served: Sequence[Served | None]) -> None:
         self.config = config
         self.rules = list(zip(rules, served, strict=True))
-        self.series: dict[tuple[str, bool], Series | None] = {}
+        self.series: dict[tuple[str, bool], Series] = {}
         self.watermark = -1
         self.counts = Counts()
-        self.used: Counter[str] = Counter()  # plain ids
         self.out: list[tuple[int, str, int, bytes]] = []
         self.too_late: list[int] = []
+        self.refused: list[tuple[int, str]] = []
+        self.evicted: list[str] = []
 
     @property
     def events(self) -> list[tuple[int, bytes]]:
@@ -171,12 +173,15 @@ class Reference:
             self.counts.missing += len(values) - len(there)
             if not there:
                 continue
-            if (name, entity) not in self.series:
-                self.series[name, entity] = self._new_series(name, entity)
-            one = self.series[name, entity]
+            one = self.series.get((name, entity)) or self._new_series(name, entity)
             if one is None:
                 self.counts.unwatched += len(there)
                 continue
+            if (name, entity) not in self.series and (reason := self._no_room(one, row, time)):
+                self.counts.refused += len(there)
+                self.refused.append((row, reason))
+                continue
+            self.series[name, entity] = one
             self._hear(one, row, time, there)
 
     def _new_series(self, name: str, entity: bool) -> Series | None:
@@ -209,6 +214,36 @@ class Reference:
             return policy.q
         return min(policy.alarms_per_ms * one.interval, pot.q_max) if one.interval else pot.q
 
+    # -- room ---------------------------------------------------------------------------------------------------------
+
+    def _no_room(self, new: Series, row: int, time: int) -> str:
+        """Make room for a series; return why there is none, "" if there is."""
+        bounds = [(new.policy.series_max, new.rule, "quota"), (self.config.series_max, None, "too_many_series")]
+        for most, rule, reason in bounds:
+            while most and sum(rule is None or one.rule is rule for one in self.series.values()) >= most:
+                idle = [
+                    (since, one.name)
+                    for one in self.series.values()
+                    if (rule is None or one.rule is rule) and (since := self._idle_since(one)) < self.watermark
+                    if one.memory.incident is None or one.memory.incident.state != "open"
+                ]
+                if not idle or time + self.config.idle_ms < self.watermark:
+                    return reason
+                self._evict(min(idle)[1], row)
+        return ""
+
+    def _idle_since(self, one: Series) -> int:
+        assert one.last is not None
+        return one.last + max(one.span, self.config.idle_ms)
+
+    def _evict(self, name: str, row: int) -> None:
+        key = next(key for key in self.series if key[0] == name)
+        if self.series[key].span and not self.series[key].silent:
+            self._silent(self.series[key], row)
+        del self.series[key]
+        self.evicted.append(name)
+        self.counts.evicted += 1
+
     # -- silence ------------------------------------------------------------------------------------------------------
 
     def _hear(self, one: Series, row: int, time: int, values: dict[int, float]) -> None:
@@ -226,7 +261,7 @@ class Reference:
             self._tell_silence(one, row, "resumed", time, span, {"silent_s": silent_s})
         one.last = time if one.last is None else max(one.last, time)
         for other in self.series.values():
-            if other is None or other is one or other.silent or other.last is None or not other.span:
+            if other is one or other.silent or other.last is None or not other.span:
                 continue
             if self.watermark > other.last + other.span:
                 self._silent(other, row)
@@ -735,8 +770,8 @@ class Reference:
 
     def _state(self, one: Series, row: int, statement: Statement, kind: str, *, stands: bool = True) -> None:
         """Publish what came out of a step, or mends it; note what stands, so that it can be mended."""
-        again = self.used[statement.plain]
-        self.used[statement.plain] += 1
+        again = one.used[statement.plain]
+        one.used[statement.plain] += 1
         statement = replace(statement, id=statement.plain + (f"-r{again + 1}" if again else ""))
         data = statement.data
         self._publish(one, row, 2, f"anomaly.{kind}", statement.id, statement.time, data)
