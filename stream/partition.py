@@ -105,6 +105,7 @@ class Partition:
         self._repeat: Clock | None = None  # to be judged again, muted
         self._judged_ms = 0  # what of the clock is in the state: behind `clock` while it is to be judged again
         self._dirty: BoolArray = np.zeros(0, np.bool_)
+        self._gone: set[bytes] = set()  # fields of the store whose series have given their places to others
         self._work = asyncio.Event()
         self._settlement = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
@@ -279,6 +280,7 @@ class Partition:
         slots, result, rejects = await asyncio.to_thread(self._judge, batch)
         # From here on in one go: a settlement that comes between sees all of the batch or nothing.
         self._touch(slots, result.events + result.shadow)
+        self._gone.update(name.encode() + kind for name in result.evicted for kind in (b"", snapshot.SHADOW))
         if self.detector.places.on_general > self._on_general:
             self._on_general = self.detector.places.on_general
             log.warning(
@@ -473,6 +475,7 @@ class Partition:
             blobs = await asyncio.to_thread(snapshot.pack, detector, slots)
             blobs[CLOCK_FIELD] = b"%d" % self._judged_ms
             self._dirty[:] = False
+            gone, self._gone = self._gone, set()
         try:
             # State must not run ahead of what is published, also where it changed without a record: by the clock.
             async with self._settlement:
@@ -484,14 +487,17 @@ class Partition:
                 self.at.partition,
                 offset,
                 blobs,
+                deleted=gone - blobs.keys(),  # some are back
                 base=None if whole else self.flushed,
                 whole=whole,
             )
         except BaseException:
+            self._gone |= gone
             if self.detector is detector:  # of another one all is to be written anyway
                 self._dirty[slots] = True
             raise
         if saved is Saved.OUTDATED:
+            self._gone |= gone
             self._dirty[slots] = True
             if offset >= self.muted_until:
                 raise StoreError(f"a later state of {self.at} is stored: another worker has the partition")
@@ -557,4 +563,6 @@ def _reject_headers(reject: Reject, record: ConsumerRecord) -> list[tuple[str, b
     }
     if record.value is not None and len(record.value) > REJECT_BYTES_MAX:
         headers["tocsin-truncated-from"] = str(len(record.value))
+    if (attempt := dict(record.headers).get("tocsin-attempt")) is not None:  # it was sent in again
+        headers["tocsin-attempt"] = attempt.decode("utf-8", "replace")[:20]
     return [(name, value.encode("utf-8", "replace")) for name, value in headers.items()]

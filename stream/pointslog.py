@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, for_code
 
-from stream.errors import BrokerError, ConfigError
+from stream.errors import BrokerError
 from stream.kafka import client_options, committed_offset, explained
 from stream.settings import KafkaSettings
+from stream.tail import open_topic
 from stream.topics import ensure_topics
-
-_LOOK_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +38,13 @@ async def read_log(settings: KafkaSettings) -> Log:
 
     Raises:
         BrokerError: the broker cannot be reached, or refuses.
-        ConfigError: there is no such topic.
+        TocsinError: there is no such topic.
     """
     cluster, members = await _group(settings)
     consumer = AIOKafkaConsumer(**client_options(settings), group_id=settings.group, enable_auto_commit=False)
     try:
         await consumer.start()
-        topic = settings.points_topic
-        if topic not in await consumer.topics():
-            raise ConfigError(
-                f"there is no topic {topic} at {settings.bootstrap_servers}, or you may not see it; "
-                "see TOCSIN_KAFKA__POINTS_TOPIC"
-            )
-        consumer.assign([TopicPartition(topic, 0)])  # now its partitions are asked for
-        async with asyncio.timeout(settings.connect_timeout_s):
-            while not (known := consumer.partitions_for_topic(topic)):  # noqa: ASYNC110  # no event tells
-                await asyncio.sleep(_LOOK_S)
-        at = [TopicPartition(topic, number) for number in sorted(known)]
+        at = await open_topic(consumer, settings, settings.points_topic)
         begin, end = await consumer.beginning_offsets(at), await consumer.end_offsets(at)
         parts = {one.partition: LogPart(begin[one], end[one], (await committed_offset(consumer, one))[0]) for one in at}
     except (KafkaError, TimeoutError) as e:

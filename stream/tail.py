@@ -22,6 +22,10 @@ _LOOK_S = 0.05
 _STALLED_S = 30.0  # without a record
 
 
+class NoRecords(TocsinError):
+    """The topic is there and holds nothing, or nothing of that time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """What is read of a topic: offsets of each partition, from the first to the one behind the last."""
@@ -57,7 +61,8 @@ async def read_tail(
         on_progress: told how many of how many offsets are done.
 
     Raises:
-        TocsinError: there is no such topic, it is empty, or it stopped giving records half way.
+        NoRecords: the topic is empty.
+        TocsinError: there is no such topic, or it stopped giving records half way.
         BrokerError: the broker cannot be reached, or refuses.
     """
     patch_aborted_transactions()
@@ -78,29 +83,39 @@ async def read_tail(
         await consumer.stop()
 
 
-async def _extent(
-    consumer: AIOKafkaConsumer, settings: KafkaSettings, topic: str, records: int, since_ms: int | None
-) -> Extent:
-    where = f"at {settings.bootstrap_servers}"
+async def open_topic(consumer: AIOKafkaConsumer, settings: KafkaSettings, topic: str) -> list[TopicPartition]:
+    """Return the partitions of a topic, of which the consumer has the first now.
+
+    Raises:
+        TocsinError: there is no such topic.
+        KafkaError: the broker refuses.
+    """
     topics = await consumer.topics()
     if topic not in topics:
         near = difflib.get_close_matches(topic, sorted(topics), n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(topics)[:10]) or 'none'}"
-        raise TocsinError(f"there is no topic {topic} {where}, or you may not see it; {hint}")
+        raise TocsinError(f"there is no topic {topic} at {settings.bootstrap_servers}, or you may not see it; {hint}")
     consumer.assign([TopicPartition(topic, 0)])  # now its partitions are asked for
     async with asyncio.timeout(settings.connect_timeout_s):
         while not (known := consumer.partitions_for_topic(topic)):  # noqa: ASYNC110  # no event tells
             await asyncio.sleep(_LOOK_S)
-    at = [TopicPartition(topic, partition) for partition in sorted(known)]
+    return [TopicPartition(topic, partition) for partition in sorted(known)]
+
+
+async def _extent(
+    consumer: AIOKafkaConsumer, settings: KafkaSettings, topic: str, records: int, since_ms: int | None
+) -> Extent:
+    where = f"at {settings.bootstrap_servers}"
+    at = await open_topic(consumer, settings, topic)
     first, end = await consumer.beginning_offsets(at), await consumer.end_offsets(at)
     if not any(end[one] > first[one] for one in at):
-        raise TocsinError(f"topic {topic} {where} holds no records: send points first, e.g. tocsin replay FILE")
+        raise NoRecords(f"topic {topic} {where} holds no records: send points first, e.g. tocsin replay FILE")
     wanted = dict(first)
     if since_ms is not None:
         found = await consumer.offsets_for_times(dict.fromkeys(at, since_ms))
         wanted = {one: found[one].offset if found.get(one) is not None else end[one] for one in at}
         if not any(end[one] > wanted[one] for one in at):
-            raise TocsinError(f"topic {topic} {where} has received no records in that time: try a longer --since")
+            raise NoRecords(f"topic {topic} {where} has received no records in that time: try a longer --since")
     begin = {one: max(wanted[one], end[one] - records) for one in at}
     left_out = sum(begin[one] - wanted[one] for one in at) if since_ms is not None else 0
     return Extent(len(at), begin, end, left_out)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stream.commands import doctor, evaluate, files, live, repository, state, train
+from stream.commands import doctor, evaluate, files, live, rejects, repository, state, train
 from stream.commands.shared import EPILOG
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ for command in (live.demo, live.up, live.serve, live.replay, live.subscribe, fil
 app.command(epilog=EPILOG)(evaluate.evaluate)
 app.add_typer(repository.app, name="models")
 app.add_typer(state.app, name="state")
+app.add_typer(rejects.app, name="rejects")
 app.command(epilog=EPILOG)(doctor.doctor)
 app.command(epilog=EPILOG)(live.check)
 
