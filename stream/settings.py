@@ -177,6 +177,12 @@ class Settings(BaseSettings):
     recover_after: int = Field(3, ge=1, description="Normal points in a row that resolve an incident.")
     accept_after_h: float = Field(12.0, gt=0, description="An incident this long is taken for the new normal, hours.")
     future_limit_s: float = Field(600.0, gt=0, description="How far ahead of its arrival a point may lie, seconds.")
+    series_max: int = Field(
+        1_000_000, ge=1, description="Series of a partition; beyond it a new one takes the place of an idle one."
+    )
+    series_idle_h: float = Field(
+        168.0, gt=0, description="A series may lose its place once it has sent nothing for so long, hours of event time."
+    )
     shutdown_timeout_s: float = Field(
         20.0, gt=0, description="How long a stop may take to settle and to write the state, seconds."
     )
@@ -204,6 +210,8 @@ class Settings(BaseSettings):
             min_observed=self.min_observed,
             follow_ratio=self.follow_ratio,
             source=self.source,
+            series_max=self.series_max,
+            idle_ms=round(self.series_idle_h * HOUR_MS),
         )
 
     def policy(self) -> Policy:
