@@ -77,8 +77,10 @@ async def working(settings: Settings) -> AsyncIterator[Worker]:
         yield worker
     finally:
         worker.stop()
-        await task
-        await worker.store.close()
+        try:
+            await task
+        finally:
+            await worker.store.close()
 
 
 async def send(
