@@ -22,16 +22,17 @@ from tests.servers import why_no_kafka
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
     """Return the plan that the command line asks for."""
-    given = vars(arguments)
-    given.pop("soak_minutes")
+    given = dict(vars(arguments))
+    for name in ("soak_minutes", "keep_logs"):
+        given.pop(name)
     return Plan(**given | {"real": not given.pop("embedded")})
 
 
-def run(plan: Plan) -> Report:
-    """Run a plan in a directory of its own, which is kept if something went wrong."""
+def run(plan: Plan, *, keep: bool) -> Report:
+    """Run a plan in a directory of its own, which stays if something went wrong or `keep` is set."""
     directory = Path(tempfile.mkdtemp(prefix="tocsin-faults-"))
     report = asyncio.run(Chaos(plan, directory).run())
-    if report:
+    if report and not keep:
         shutil.rmtree(directory)
     return report
 
@@ -52,8 +53,12 @@ def main() -> int:
         "partitions",
     ):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(usual, name))
+    parser.add_argument(
+        "--outage-s", type=float, default=0, help="how long the broker stays away; 0: up to four seconds"
+    )
     parser.add_argument("--embedded", action="store_true", help="on the embedded broker, which is not broken itself")
     parser.add_argument("--soak-minutes", type=float, default=0, help="further runs, a seed each, until so long")
+    parser.add_argument("--keep-logs", action="store_true", help="keep the workers' logs of a clean run too")
     arguments = parser.parse_args()
     until = time.monotonic() + 60 * arguments.soak_minutes
     plan = plan_of(arguments)
@@ -62,7 +67,7 @@ def main() -> int:
         return 2
     patch_aborted_transactions()
     while True:
-        report = run(plan)
+        report = run(plan, keep=arguments.keep_logs)
         sys.stdout.write(report.table())
         sys.stdout.flush()
         if not report:

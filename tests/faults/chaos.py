@@ -11,6 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from redis.asyncio import Redis
@@ -91,11 +92,12 @@ class Report:
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
         lines += [f"  ended: {line}" for line in self.exits[:10]]
         lines += [f"PROBLEM: {line}" for line in self.problems]
-        lines.append("clean" if self else f"NOT clean; logs of the workers: {self.logs}")
+        lines.append("clean" if self else f"NOT clean; what happened when, and the logs of the workers: {self.logs}")
         lines.append(
             f"again: python -m tests.faults --seed {plan.seed} --kills {plan.kills} --server-faults "
             f"{plan.server_faults} --link-faults {plan.link_faults} --points {plan.points} --series {plan.series} "
             f"--workers {plan.workers} --static {plan.static} --partitions {plan.partitions}"
+            + (f" --outage-s {plan.outage_s:g}" if plan.outage_s else "")
             + ("" if plan.real else " --embedded")
         )
         return "\n".join(lines) + "\n"
@@ -174,7 +176,7 @@ class Chaos:
                 self.report.exits += worker.exits
 
     async def _break_all(self, settings: Settings, points: Points, workers: list[Worker]) -> Sender:
-        progress = Progress(self.broker.bootstrap, settings.kafka)
+        progress = Progress(self.broker.bootstrap, settings.kafka, self._note)
         # A little more than from one fault to the next: a partition that stands still holds the others back, so that
         # the next fault finds all of them at work.
         ahead = max(2 * len(points) // (len(self.left) + 1), 600)
@@ -232,6 +234,7 @@ class Chaos:
                 while not worker.has_partitions() and time.monotonic() < deadline:
                     await asyncio.sleep(_LOOK_S)
                 await asyncio.sleep(fault.later_s)
+                self._note(f"{fault.kind}: {worker.log.name}")
                 progress.note_kill(sender.sent, "static" if fault.worker < self.plan.static else "dynamic")
                 await worker.kill()
             else:
@@ -246,17 +249,27 @@ class Chaos:
             self.report.problems.append(f"a fault could not be made: {problem!r}")
         self._going_on.discard(task)
 
+    @contextlib.asynccontextmanager
+    async def _noted(self, fault: Fault) -> AsyncIterator[None]:
+        self._note(f"{fault.kind} (strength {fault.strength})")
+        yield
+        self._note(f"over: {fault.kind}")
+
+    def _note(self, what: str) -> None:
+        with (self.directory / "timeline.log").open("a") as file:
+            file.write(f"{datetime.now(UTC):%H:%M:%S.%f} {what}\n")
+
     async def _later(self, fault: Fault) -> None:
         await asyncio.sleep(fault.later_s)
         whose = fault.kind.split()[0]
         if fault.kind in BROKER:
-            async with self._busy["broker"]:
+            async with self._busy["broker"], self._noted(fault):
                 await self._break_broker(fault)
         elif fault.kind in STORE:
-            async with self._busy["store"]:
+            async with self._busy["store"], self._noted(fault):
                 await self._break_store(fault)
         else:
-            async with self._links[whose]:
+            async with self._links[whose], self._noted(fault):
                 await self._break_link(fault, self.to_broker if whose == "broker" else self.to_store)
 
     async def _break_broker(self, fault: Fault) -> None:
@@ -264,6 +277,7 @@ class Chaos:
             await self.broker.stop()
         else:
             await asyncio.to_thread(self.broker.kill)
+        await asyncio.sleep(fault.lasts_s)
         await self.broker.start()
 
     async def _break_store(self, fault: Fault) -> None:

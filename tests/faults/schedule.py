@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BROKER = ("broker SIGTERM, restart", "broker kill -9, restart")
 STORE = (
@@ -61,6 +61,7 @@ class Plan:
     workers: int = 3
     static: int = 2  # of the workers, those that are static members of the group
     partitions: int = 6
+    outage_s: float = 0.0  # how long the broker stays away; 0: half a second to four
     real: bool = True  # Apache Kafka; else the embedded broker, which is not broken itself
 
 
@@ -91,7 +92,8 @@ def _server(rng: random.Random, number: int, plan: Plan) -> Fault:
     # Every kind in turn, so that a short run has some of each.
     kinds = (*STORE[:2], BROKER[0], *STORE[2:4], BROKER[1], *STORE[4:]) if plan.real else STORE
     kind = kinds[number % len(kinds)]
-    return Fault(rng.uniform(_FIRST, _LAST), rng.uniform(0, _LATER_S), kind, lasts_s=rng.uniform(0.5, 4.0))
+    fault = Fault(rng.uniform(_FIRST, _LAST), rng.uniform(0, _LATER_S), kind, lasts_s=rng.uniform(0.5, 4.0))
+    return replace(fault, lasts_s=plan.outage_s) if plan.outage_s and kind in BROKER else fault
 
 
 def _link(rng: random.Random, plan: Plan) -> Fault:

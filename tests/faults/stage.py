@@ -24,6 +24,7 @@ from stream.settings import KafkaSettings
 from stream.verify import partition_of
 
 _LOOK_S = 0.02
+_LONG_S = 15.0
 _BAD_EVERY = 211  # points to one record that nobody can read
 _ASSIGNED = re.compile(r"assigned [1-9]\d* partitions")
 _SPARE = b'{"kpi":"a","timestamp":1,'
@@ -45,7 +46,8 @@ def _bad(number: int, now_ms: int) -> tuple[bytes | None, str]:
 class Progress:
     """The committed offsets of the group, looked at all the time in a thread of its own."""
 
-    def __init__(self, bootstrap: str, settings: KafkaSettings) -> None:
+    def __init__(self, bootstrap: str, settings: KafkaSettings, note: Callable[[str], None] = lambda _: None) -> None:
+        self._note = note
         self.committed = [0] * settings.partitions
         self.total = 0
         self.changed = time.monotonic()
@@ -90,7 +92,10 @@ class Progress:
             for member, since, behind in self._waiting:
                 for partition in [p for p, was in behind.items() if self.committed[p] > was]:
                     del behind[partition]
-                    self.recovered_s[member].append(time.monotonic() - since)
+                    took_s = time.monotonic() - since
+                    self.recovered_s[member].append(took_s)
+                    if took_s > _LONG_S:
+                        self._note(f"partition {partition} goes on {took_s:.1f} s after the kill of a {member} member")
             self._waiting = [one for one in self._waiting if one[2]]
 
 
