@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition, client
 from aiokafka.abc import AbstractTokenProvider, ConsumerRebalanceListener
 from aiokafka.conn import OAuthAuthenticator
 from aiokafka.errors import (
@@ -22,6 +23,8 @@ from aiokafka.errors import (
 from stream.security import KAFKA, Certificates, read_secret, tls_context
 from stream.settings import KafkaSettings
 
+log = logging.getLogger(__name__)
+
 # A transaction that follows another within some 20 ms is told to try again later (the broker still writes the last
 # one's markers); aiokafka waits this long before it does, 100 ms by default.
 _RETRY_BACKOFF_MS = 20
@@ -30,6 +33,7 @@ _SESSION_TIMEOUT_MS = 10_000
 _REBALANCE_TIMEOUT_MS = 30_000  # for the others to settle what they have taken in
 _METADATA_MS = 30_000  # a new partition is found after so long; aiokafka's own pace is five minutes
 _REQUEST_TIMEOUT_MS = 20_000  # a broker that does not answer is given up after it
+_REFUSED_S = (0.5, 5.0)  # between two logins that are refused: at first, at last
 _CLOCK = re.compile(r"clock_ms=(\d+);offset=(\d+);")
 REJECT_BYTES_MAX = 256 << 10  # of a refused record that are kept: with its headers it must fit the broker's 1 MiB
 
@@ -226,13 +230,16 @@ class _NoCredentials(logging.Filter):
 
 @functools.cache
 def _mend_and_hush() -> None:
-    """Keep logins out of aiokafka's log, and make it hear when a broker refuses a token.
+    """Keep logins out of aiokafka's log, hear when a broker refuses a token, and let refused logins wait.
 
     A broker answers a token that it does not accept with the reason, and waits for the client to give up (RFC 7628);
     aiokafka 0.14 takes any answer for a yes, and fails later, with an AssertionError.
+    It also tries a refused login again at once, some forty times a second: a broker counts that as an attack, and a
+    directory behind it locks the user.
     """
     logging.getLogger("aiokafka.conn").addFilter(_NoCredentials())
-    step = OAuthAuthenticator.step
+    step, create_conn = OAuthAuthenticator.step, client.create_conn
+    refusals: dict[Any, int] = {}
 
     @functools.wraps(step)
     async def checked(self: Any, payload: bytes | None) -> Any:
@@ -240,7 +247,25 @@ def _mend_and_hush() -> None:
             raise SaslAuthenticationFailed(f"the token is refused: {payload.decode(errors='replace')}")
         return await step(self, payload)
 
+    @functools.wraps(create_conn)
+    async def patient(host: str, port: int, **options: Any) -> Any:
+        provider = options.get("sasl_oauth_token_provider")
+        login = provider.path if isinstance(provider, TokenFile) else options.get("sasl_plain_username")
+        try:
+            connection = await create_conn(host, port, **options)
+        except SaslAuthenticationFailed as e:
+            refusals[login] = count = refusals.get(login, 0) + 1
+            if count == 2:  # the first one at start ends the service, with its reason
+                log.error("the broker refuses the login of %s, which is tried again: %s", login, e.args[0])
+            if count > 1:
+                await asyncio.sleep(min(_REFUSED_S[0] * 2 ** (count - 2), _REFUSED_S[1]))
+            raise
+        if refusals.pop(login, 0) > 1:
+            log.warning("the broker lets %s in again", login)
+        return connection
+
     OAuthAuthenticator.step = checked
+    client.create_conn = patient
 
 
 def missing_right(error: BaseException, settings: KafkaSettings, *, wish: str) -> str | None:
