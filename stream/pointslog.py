@@ -41,7 +41,12 @@ async def read_log(settings: KafkaSettings) -> Log:
         TocsinError: there is no such topic.
     """
     cluster, members = await _group(settings)
-    consumer = AIOKafkaConsumer(**client_options(settings), group_id=settings.group, enable_auto_commit=False)
+    consumer = AIOKafkaConsumer(
+        **client_options(settings),
+        group_id=settings.group,
+        enable_auto_commit=False,
+        fetch_max_wait_ms=1,  # what waits for records keeps all else on its connection waiting
+    )
     try:
         await consumer.start()
         at = await open_topic(consumer, settings, settings.points_topic)

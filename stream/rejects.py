@@ -36,6 +36,7 @@ _SPAN = re.compile(r"(\d+)-(\d+)")
 _METADATA_MAX = 4_000  # of a committed offset; the broker takes 4,096 bytes
 _TRANSACTION_RECORDS, _TRANSACTION_BYTES = 1_000, 4 << 20
 _POLL_MS = 200
+_FETCH_MS = 50  # what waits for records keeps all else on its connection waiting
 _STALLED_S = 30.0  # without a record
 
 
@@ -265,6 +266,7 @@ async def retry(settings: KafkaSettings, wanted: Wanted, *, dry_run: bool = Fals
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         isolation_level="read_committed",
+        fetch_max_wait_ms=_FETCH_MS,
     )
     try:
         if producer is not None:
