@@ -161,7 +161,7 @@ class Store:
             await self.check()
         except StoreError as e:
             # Anything else, such as a store that is full, passes: it is a cache, and the worker goes on without.
-            if isinstance(e.__cause__, NoPermissionError):
+            if _not_allowed(e.__cause__):
                 raise
 
     async def check(self) -> None:
@@ -177,13 +177,15 @@ class Store:
             await self.save(group, topic, 0, 0, {})  # refused, as it is older: ends with UNWATCH
             await self.load(group, topic, 0)
             await self.fields(group, topic, 0, [b"a"])
-            await self.drop(group, topic, 0)
         except StoreError as e:
-            if isinstance(e.__cause__, NoPermissionError):
+            if _not_allowed(e.__cause__):
                 raise StoreError(
                     f"the store at {self.address} allows us too little: {e.__cause__} (deploy/acl/users.acl gives it)"
                 ) from e.__cause__
             raise
+        finally:
+            with contextlib.suppress(StoreError):
+                await self.drop(group, topic, 0)
 
     def _tls_or_not(self, error: Exception) -> str:
         """Return a hint, if a server seems to be there that does not speak as the URL says."""
@@ -433,6 +435,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _untrusted(error: Exception) -> ssl.SSLCertVerificationError | None:
     """Return why the server's certificate is not accepted, if that is it."""
     return next((one for one in _causes(error) if isinstance(one, ssl.SSLCertVerificationError)), None)
+
+
+def _not_allowed(error: BaseException | None) -> bool:
+    # Without the right to EXEC, the answer is that the transaction was discarded because of that.
+    return isinstance(error, NoPermissionError) or "NOPERM" in str(error)
 
 
 def _reason(error: Exception) -> str:

@@ -1,11 +1,15 @@
-"""A real Kafka with TLS, SASL and ACLs, and the rights that deploy/acl gives."""
+"""A real Kafka with TLS, SASL and ACLs, a store with TLS and ACLs, and the rights that deploy/acl gives."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import functools
+import hashlib
 import json
 import os
+import ssl
 import subprocess
 import tempfile
 import time
@@ -28,13 +32,15 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     UserScramCredentialDeletion,
 )
 from cryptography.hazmat.primitives.asymmetric import rsa
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from stream.embedded import LOOPBACK, free_port
 from tests.certificates import Authority
-from tests.servers import KafkaServer, memory_dir
+from tests.servers import KafkaServer, StoreServer
 
 ADMIN, ADMIN_PASSWORD = "admin", "admin-s3cret"
-ACL_SCRIPT = Path(__file__).parents[1] / "deploy" / "acl" / "kafka-acls"
+ACL_DIR = Path(__file__).parents[1] / "deploy" / "acl"
 _KEY_ID = "tocsin-test"
 
 
@@ -54,23 +60,17 @@ class SecureKafka(KafkaServer):
         Args:
             users: password of each user, for PLAIN and SCRAM.
         """
-        certificates = memory_dir("tocsin-test-tls-")
-        self.authority = Authority.new(certificates)
+        super().__init__()
+        self.authority = Authority.new(self.dir / "tls")
         self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-        jwks = certificates / "jwks.json"
+        jwks = self.authority.dir / "jwks.json"
         jwk = jwt.algorithms.RSAAlgorithm.to_jwk(self._key.public_key(), as_dict=True)
         jwks.write_text(json.dumps({"keys": [jwk | {"kid": _KEY_ID, "use": "sig", "alg": "RS256"}]}))
         scram = [f"[name={user},password={password}]" for user, password in users.items()]
         allowed = "-Dorg.apache.kafka.sasl.oauthbearer.allowed"
-        super().__init__(
-            format_options=[
-                option
-                for kind in ("256", "512")
-                for one in scram
-                for option in ("--add-scram", f"SCRAM-SHA-{kind}={one}")
-            ],
-            jvm_options=[f"{allowed}.urls={jwks.as_uri()}", f"{allowed}.files={jwks}"],
-        )
+        for kind in ("256", "512"):
+            self.format_options += [part for one in scram for part in ("--add-scram", f"SCRAM-SHA-{kind}={one}")]
+        self.jvm_options += [f"{allowed}.urls={jwks.as_uri()}", f"{allowed}.files={jwks}"]
         plain_port, mtls_port = free_port(), free_port()
         self.sasl_ssl, self.sasl_plain, self.mtls = (f"{LOOPBACK}:{p}" for p in (self.port, plain_port, mtls_port))
         logins = " ".join(f'user_{user}="{password}"' for user, password in ({ADMIN: ADMIN_PASSWORD} | users).items())
@@ -193,7 +193,7 @@ def rights(**names: str) -> list[AclBinding]:
         tool.write_text(f"#!/usr/bin/env bash\nprintf '%s\\n' \"$@\" '' >> '{asked}'\n")
         tool.chmod(0o700)
         environment = {"PATH": os.environ["PATH"], "BOOTSTRAP": "kafka:9092", "KAFKA_ACLS": str(tool)} | names
-        subprocess.run([str(ACL_SCRIPT)], env=environment, check=True)
+        subprocess.run([str(ACL_DIR / "kafka-acls")], env=environment, check=True)
         calls = [call.split("\n") for call in asked.read_text().removesuffix("\n\n").split("\n\n")]
     return [binding for call in calls for binding in _bindings(call)]
 
@@ -219,3 +219,72 @@ def _bindings(call: Sequence[str]) -> Iterator[AclBinding]:
                 AclOperation[one.operation.upper()],
                 AclPermissionType.ALLOW,
             )
+
+
+class SecureStore(StoreServer):
+    """A store that lets nobody in without a password, with the ACLs of deploy/acl, behind TLS.
+
+    The embedded Valkey is built without TLS: this process ends it.
+
+    Attributes:
+        authority: of its certificates.
+        tls_port: where clients speak to it.
+        logins: connections that came to that port, so far.
+    """
+
+    def __init__(self, password: str, prefix: str = "tocsin") -> None:
+        super().__init__()
+        self.tls_port, self.logins = free_port(), 0
+        self.authority = Authority.new(self.dir / "tls")
+        acl = (ACL_DIR / "users.acl").read_text()
+        acl = acl.replace("PASSWORD_SHA256", hashlib.sha256(password.encode()).hexdigest())
+        acl = acl.replace("~tocsin:", f"~{prefix}:")
+        acl = acl.replace("user default off", f"user default on >{ADMIN_PASSWORD} ~* &* +@all")
+        (self.dir / "users.acl").write_text(acl)
+        self._front: asyncio.Server | None = None
+        self._links: set[asyncio.StreamWriter] = set()
+
+    @property
+    def url(self) -> str:
+        return f"rediss://{LOOPBACK}:{self.tls_port}/0"
+
+    def command(self) -> list[str]:
+        return [*super().command(), "--aclfile", str(self.dir / "users.acl")]
+
+    def admin(self) -> Redis:
+        """Return a client who may do everything."""
+        return Redis.from_url(f"redis://:{ADMIN_PASSWORD}@{LOOPBACK}:{self.port}/0")
+
+    async def ready(self) -> bool:
+        async with self.admin() as redis:
+            with contextlib.suppress(RedisError):
+                return bool(await redis.ping())
+        return False
+
+    async def start(self) -> None:
+        await super().start()
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.authority.server())
+        self._front = await asyncio.start_server(self._carry, LOOPBACK, self.tls_port, ssl=context)
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.logins += 1
+        back, forth = await asyncio.open_connection(LOOPBACK, self.port)
+
+        async def one_way(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while data := await source.read(64 << 10):
+                    sink.write(data)
+                    await sink.drain()
+            sink.close()
+
+        self._links |= {writer, forth}
+        await asyncio.gather(one_way(reader, forth), one_way(back, writer))
+        self._links -= {writer, forth}
+
+    def close(self) -> None:
+        if self._front is not None:
+            self._front.close()
+        for link in self._links:
+            link.transport.abort()
+        super().close()
