@@ -255,7 +255,7 @@ def decode(path: Path, name: str, version: int, read: Callable[[Path], bytes]) -
 def _parse_config(path: Path, content: bytes) -> _Config:
     try:
         kind = msgspec.json.decode(content, type=_Kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}; restore it or train again") from error
     if kind.format != FORMAT:
         raise CheckpointError(
@@ -264,7 +264,7 @@ def _parse_config(path: Path, content: bytes) -> _Config:
         )
     try:
         config = msgspec.json.decode(content, type=_Config)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}; restore it or train again") from error
     if config.interval_ms is not None and config.interval_ms < 1:
         raise CheckpointError(f"{path}: interval_ms={config.interval_ms} must be at least 1")

@@ -163,9 +163,14 @@ def decode(encoded: bytes | str) -> Event:
     Raises:
         msgspec.DecodeError: it is none.
     """
-    envelope = _decode_envelope(encoded)
-    decode_data = _decode_silence if envelope.type in (TYPE_SILENT, TYPE_RESUMED) else _decode_anomaly
-    data: EventData | SilenceData = decode_data(envelope.data)
+    try:
+        envelope = _decode_envelope(encoded)
+        decode_data = _decode_silence if envelope.type in (TYPE_SILENT, TYPE_RESUMED) else _decode_anomaly
+        data: EventData | SilenceData = decode_data(envelope.data)
+    except UnicodeDecodeError as e:
+        raise msgspec.DecodeError(f"not UTF-8: {e.reason} at byte {e.start}") from None
+    except RecursionError:
+        raise msgspec.DecodeError("nested too deeply") from None
     return Event(**{name: getattr(envelope, name) for name in Event.__struct_fields__ if name != "data"}, data=data)
 
 

@@ -30,6 +30,7 @@ from stream.incidents import Incidents
 from stream.places import Places
 from stream.placing import NO_PHASE, Placing
 from stream.revision import Statement
+from stream.sound import sound, sound_cells, sound_points
 from stream.waiting import NONE as NOT_CLOSED
 
 VERSION = 2  # of the layout below; another one needs a step in `versions`
@@ -46,6 +47,7 @@ _HEADER = np.dtype(
     ]
 )
 _WINDOW_FIELDS = ("newest", "filled", "origin", "seen", "actual", "step_mean", "steps")
+_WINDOW_MAX = 65_536
 _RING_FIELDS = ("seen", "actual")
 SHADOW = b"\x00shadow"  # ends the name of a second blob; that of a series holds no control characters
 _SILENCE_FIELDS = (("heard_ms", "last_ms"), ("arrived_ms", "arrived_ms"), ("silent", "silent"))
@@ -330,8 +332,14 @@ def labelled(field: bytes, blob: bytes, threshold: np.dtype[Any]) -> tuple[int, 
     return versions.version_of(blob) or 0, int(header["model"])
 
 
+def _unsound(name: str) -> StateError:
+    return StateError(f"state of {name!r}: damaged (its checksum is right, its content cannot be that of a series)")
+
+
 def _cut(name: str, slot: int, group: Group, header: AnyArray, body: bytes) -> _Blob:
     """Tell the record from what stands behind it."""
+    if not 0 < int(header["window"]) <= _WINDOW_MAX:
+        raise StateError(f"state of {name!r}: a window of {header['window']}; one has 1 to {_WINDOW_MAX} cells")
     size = _row_size(group, int(header["window"]))
     if len(body) < size:
         raise StateError(
@@ -347,7 +355,39 @@ def _cut(name: str, slot: int, group: Group, header: AnyArray, body: bytes) -> _
                 f"state of {name!r}: {len(body) - size} bytes too many for a window of {header['window']}; "
                 "the threshold's ring was changed"
             ) from None
+    row = np.frombuffer(body[:size], row_dtype(group, int(header["window"])))
+    if tail is not None and not _sound_tail(group, tail, row):
+        raise _unsound(name)
     return _Blob(name, slot, int(header["model"]), body[:size], tail)
+
+
+def _sound_tail(group: Group, tail: _Tail, row: AnyArray) -> bool:
+    """Say whether what stands behind a record, (1,), can be of its series."""
+    if not sound_points([*tail.held, *tail.open], group.features):
+        return False
+    past = tail.revisable
+    if past is None:
+        return True
+    window = row.dtype["seen"].shape[0]
+    if len(past.copies) != 2 * row.dtype.itemsize or len(past.stamp) * group.features != len(past.raw):
+        return False
+    copies = np.frombuffer(past.copies, row.dtype).copy()
+    for field in (*Placing.ARRAYS, *(name for name, _ in _SILENCE_FIELDS)):  # a copy is of the same series
+        copies[field] = row[field]
+    raw, stamp = np.frombuffer(past.raw, "<f8"), np.frombuffer(past.stamp, "<i8")
+    cells = [*past.copied, *(cell for cell, *_ in past.published), *(cell for fill in past.fills for cell in fill[:2])]
+    try:
+        for *_, event, _, _ in past.published:
+            events.decode(event)
+    except msgspec.DecodeError:
+        return False
+    return (
+        len(stamp) == window
+        and sound_points(zip(stamp.tolist(), np.nan_to_num(raw[:window]).tolist(), (0,) * window, strict=True), 1)
+        and bool(sound(copies, window).all())
+        and sound_cells(cells, row[0])
+        and sound_points(((0, value, 0) for *_, value in past.fills), 1)
+    )
 
 
 def _restore(
@@ -357,13 +397,17 @@ def _restore(
     slots = np.array([one.slot for one in blobs], np.int32)
     at = places.row_of[slots].astype(np.int32)
     rows = np.frombuffer(b"".join(one.record for one in blobs), row_dtype(group, window))
+    good = sound(rows, window)
+    refused = [_unsound(one.name) for one, fine in zip(blobs, good.tolist(), strict=True) if not fine]
+    blobs = [one for one, fine in zip(blobs, good.tolist(), strict=True) if fine]
+    slots, at, rows = slots[good], at[good], rows[good]
     same = np.array([one.model for one in blobs], np.uint64) == np.uint64(model_id(group.served.ref))
     if places is detector.places:
         for name, array in _SILENCE_FIELDS:
             getattr(detector.silence, array)[slots] = rows[name]
     for name in Placing.ARRAYS:
         getattr(group.placing, name)[at] = rows[name]
-    refused = _put(group, at, _fitted(group, rows, window), same, [one.name for one in blobs])
+    refused += _put(group, at, _fitted(group, rows, window), same, [one.name for one in blobs])
     group.first_score_ms[at[~same]] = NEVER
 
     regrid = _set_grids(group, at, detector.table.interval_ms[detector.rule_of[slots]])
