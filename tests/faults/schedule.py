@@ -22,7 +22,9 @@ KILL = "worker kill -9"
 _FIRST, _LAST = 0.03, 0.95  # share of the points between which faults fall
 _LATER_S = 0.4  # a fault falls up to so long after its place: anywhere in a settlement, a flush, a muted stretch
 _STARTING = 0.25  # share of kills that do not wait until the worker has partitions
-_WITH_STORE = 0.5  # share of losses of state at whose moment a worker is killed too, which must then start from it
+# Share of losses of state, and of outages of the broker, into which a worker is killed too: it must then start from
+# what is left; and what it had taken in and could not settle must not have reached the store.
+_WITH_KILL = 0.6
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -72,8 +74,9 @@ def schedule(plan: Plan) -> list[Fault]:
     faults += [_link(rng, plan) for _ in range(plan.link_faults)]
     kills = plan.kills
     for fault in list(faults):
-        if kills and fault.kind.startswith(STORE[:1] + STORE[3:5]) and rng.random() < _WITH_STORE:
-            faults.append(_kill(rng, plan, fault.place))
+        if kills and fault.kind in (*BROKER, STORE[0], *STORE[3:5]) and rng.random() < _WITH_KILL:
+            kill = _kill(rng, plan, fault.place)
+            faults.append(replace(kill, later_s=rng.uniform(0.5, 2.5)) if fault.kind in BROKER else kill)
             kills -= 1
     # One in each stretch of the points: no two runs of kills on top of each other, none without any.
     width = (_LAST - _FIRST) / max(kills, 1)
