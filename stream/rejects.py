@@ -18,11 +18,11 @@ from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, OffsetAndMetadata, TopicPartition
-from aiokafka.errors import KafkaError, ProducerFenced
+from aiokafka.errors import KafkaError, ProducerFenced, TransactionalIdAuthorizationFailed
 
 from stream.embedded import patch_aborted_transactions
 from stream.errors import BrokerError, TocsinError
-from stream.kafka import client_options, explained
+from stream.kafka import client_options, explained, user
 from stream.settings import KafkaSettings
 from stream.tail import NoRecords, open_topic, read_tail
 from stream.topics import ensure_topics
@@ -278,12 +278,19 @@ async def retry(settings: KafkaSettings, wanted: Wanted, *, dry_run: bool = Fals
     except ProducerFenced:
         raise BrokerError(f"another `tocsin rejects retry` of group {settings.group} has taken over") from None
     except (KafkaError, TimeoutError) as e:
-        said = explained(e, settings, wish="Read")
-        raise BrokerError(f"rejects cannot be retried at {settings.bootstrap_servers}: {said}") from e
+        raise BrokerError(f"rejects cannot be retried at {settings.bootstrap_servers}: {_why(e, settings)}") from e
     finally:
         await consumer.stop()
         if producer is not None:
             await producer.stop()
+
+
+def _why(error: Exception, settings: KafkaSettings) -> str:
+    """Return an error in words: a missing right by its name."""
+    if isinstance(error, TransactionalIdAuthorizationFailed):
+        return f"{user(settings)} lacks the right to Write transactional id {retry_group(settings)} (deploy/acl)"
+    own = settings.model_copy(update={"group": retry_group(settings)})
+    return explained(error, own, wish="Write" if settings.points_topic in str(error) else "Read")
 
 
 class _Retry:

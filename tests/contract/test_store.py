@@ -303,3 +303,34 @@ async def test_it_waits_for_a_server_that_starts_late() -> None:
             await store.ping()
     finally:
         server.close()
+
+
+# -- for people -------------------------------------------------------------------------------------------------------
+
+
+async def test_some_fields_are_of_one_offset(store: Store) -> None:
+    assert await store.fields(*AT, (name(1),)) is None
+    await store.save(*AT, 7, {name(1): b"a", name(2): b""})
+    assert await store.fields(*AT, (name(2), name(3), name(1))) == (7, {name(1): b"a", name(2): b""})
+    assert await store.fields(*AT, ()) == (7, {})
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 0), (3_000, 50), (40, 300_000)])
+async def test_the_pieces_are_all_of_it(store: Store, count: int, size: int) -> None:
+    assert [piece async for piece in store.pieces(*AT)] == [{}]
+    blobs = {name(n): os.urandom(size) for n in range(count)}
+    await store.save(*AT, 3, blobs)
+    read: dict[bytes, bytes] = {}
+    async for piece in store.pieces(*AT):
+        assert sum(map(len, piece.values())) < 20 << 20
+        read |= piece
+    assert read == {**blobs, OFFSET_FIELD: b"3"}
+
+
+async def test_only_who_says_so_puts_an_older_state_back(store: Store) -> None:
+    await store.save(*AT, 100, {name(1): b"later", name(2): b"later"})
+    assert await store.save(*AT, 50, {name(1): b"earlier"}, whole=True) is Saved.OUTDATED
+    assert await store.save(*AT, 50, {name(1): b"earlier"}, whole=True, back=True) is Saved.DONE
+    assert await store.load(*AT) == PartitionState(50, {name(1): b"earlier"})
+    assert await store.save(*AT, 120, {}, base=100) is Saved.LOST, "a worker that ran meanwhile writes all it has"
+    assert await store.save(*AT, 120, {}, base=60, back=True) is Saved.LOST

@@ -22,6 +22,8 @@ CORE = (
         "places",
         "snapshot",
         "versions",
+        "sound",
+        "admission",
         "inspection",
     ),
     *("grid", "judged", "placing", "waiting", "windows", "incidents", "revision", "silence"),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models.pot import PotConfig, Spot
 from stream import snapshot, versions
@@ -109,6 +113,29 @@ def test_a_threshold_that_none_can_have_is_refused_by_name() -> None:
     header["crc32"] = versions.checksum(b"a", header.tobytes(), row.tobytes())
     with pytest.raises(StateError, match=r"'a'.*q"):
         inspected(b"a", header.tobytes() + row.tobytes(), SMALL_POT)
+
+
+LIVE = fed([*normal_points(120), *normal_points(3, name="b")])
+BLOBS = blobs_of(LIVE)
+
+
+@given(
+    name=st.sampled_from([b"a", b"b"]),
+    at=st.integers(0, 600),
+    noise=st.binary(min_size=1, max_size=16),
+    cut=st.booleans(),
+)
+def test_any_content_under_a_right_checksum_is_read_or_refused(name: bytes, at: int, noise: bytes, cut: bool) -> None:
+    header, body = bytearray(BLOBS[name][:24]), BLOBS[name][28:]
+    body = body[:at] + noise + (b"" if cut else body[at + len(noise) :])
+    header[12:16] = len(body).to_bytes(4, "little")
+    sum_ = zlib.crc32(body, zlib.crc32(bytes(header), zlib.crc32(name))).to_bytes(4, "little")
+    try:
+        said = inspected(name, bytes(header) + sum_ + body, SMALL_POT)
+    except StateError as e:
+        assert f"'{name.decode()}'" in str(e)
+    else:
+        json.dumps(msgspec.to_builtins(said), allow_nan=False)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
