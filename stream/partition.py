@@ -51,7 +51,7 @@ CLOCK_FIELD = b"\x00clock_ms"  # of the stored state; a series' name holds no co
 
 
 class Overtaken(Exception):
-    """Another worker has committed in this partition: what this one has in memory is not what is so."""
+    """What this worker has in memory is not what is so: another has committed in the partition, or the log is new."""
 
 
 @dataclass(slots=True)
@@ -110,6 +110,7 @@ class Partition:
         self._settlement = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
+        self._problem: Overtaken | None = None
         self._on_general = 0
         self._broker_trouble = Trouble()
         self._store_trouble = Trouble()
@@ -247,7 +248,9 @@ class Partition:
             await self._outbox.close()
 
     def failure(self) -> BaseException | None:
-        """Return why a background task of this partition has ended, or None while all is well."""
+        """Return why this partition cannot go on, or None while all is well."""
+        if self._problem is not None:
+            return self._problem
         for task in self._tasks:
             if task.done() and not task.cancelled() and (problem := task.exception()) is not None:
                 return problem
@@ -258,7 +261,7 @@ class Partition:
     async def accept(self, batch: Sequence[ConsumerRecord]) -> None:
         """Take a batch in; what comes of it waits for the next transaction. Nothing is done once it is stopping."""
         async with self._judging:
-            if self._stopping or not batch:
+            if self._stopping or not batch or not await self._goes_on(batch[0].offset):
                 return
             muted = bisect.bisect_left(batch, self.muted_until, key=_offset)
             if self._repeat is not None:
@@ -273,6 +276,18 @@ class Partition:
             if muted < len(batch):
                 await self._accept(batch[muted:], muted=False)
                 self._work.set()
+
+    async def _goes_on(self, offset: int) -> bool:
+        """Say whether a batch that begins at an offset follows what has been taken in; tell of what is gone between."""
+        if offset < self.position:
+            self._problem = Overtaken(f"{self.at} goes back from {self.position} to {offset}: it is another log")
+            return False
+        if offset > self.position + 1 and self._consumer is not None:  # not only the mark of a transaction
+            begin = (await self._consumer.beginning_offsets([self.at]))[self.at]
+            if begin > self.position:
+                gone = begin - self.position
+                log.error("%s: %d offsets from %d on were deleted before they were read", self.at, gone, self.position)
+        return True
 
     async def _accept(self, batch: Sequence[ConsumerRecord], *, muted: bool) -> None:
         if not batch:
@@ -480,7 +495,6 @@ class Partition:
             # State must not run ahead of what is published, also where it changed without a record: by the clock.
             async with self._settlement:
                 await self._settlement.wait_for(lambda: self.settled >= offset and self._told >= said)
-            steps.reached("flushing")
             saved = await self.store.save(
                 self.settings.kafka.group,
                 self.at.topic,

@@ -28,6 +28,8 @@ from stream.worker import Worker
 
 log = logging.getLogger(__name__)
 
+_TURN_S = 0.0005
+
 
 def set_up_logging(level: str) -> None:
     """Log to stderr, one line a message."""
@@ -37,11 +39,42 @@ def set_up_logging(level: str) -> None:
     # aiokafka says each attempt of a retry; what comes of it we say ourselves. asyncio's are those of its tasks' ends.
     quiet = {"INFO": "ERROR", "WARNING": "ERROR"}.get(level, level)
     logging.getLogger("aiokafka").setLevel(quiet)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Seldom("aiokafka"))
+
+
+class Seldom(logging.Filter):
+    """Lets a message of a library through once in a while: of a broker that is away it has thousands a second.
+
+    Args:
+        library: whose loggers.
+        every_s: how often the same message may come, whatever it is filled with.
+    """
+
+    def __init__(self, library: str, every_s: float = 10.0) -> None:
+        super().__init__(library)
+        self._every_s = every_s
+        self._last: dict[str, float] = {}  # when a message was let through, by its text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a record is let through."""
+        if not super().filter(record) or record.levelno < logging.INFO:  # another's, or asked for
+            return True
+        text = str(record.msg)
+        if record.created - self._last.get(text, -self._every_s) < self._every_s:
+            return False
+        self._last[text] = record.created
+        return True
 
 
 def use_one_thread() -> None:
     """Keep torch on one core: two intra-op threads on a busy machine stall a forward pass for tens of milliseconds."""
     torch.set_num_threads(1)
+
+
+def take_short_turns() -> None:
+    """Let the event loop have its turn soon while a batch is judged in its thread; Python's own pace is 5 ms."""
+    sys.setswitchinterval(_TURN_S)
 
 
 def with_servers(settings: Settings, servers: Servers) -> Settings:
@@ -209,6 +242,7 @@ def _checked(settings: Settings) -> tuple[RuleSet, Chosen]:
 def make_worker(settings: Settings) -> Worker:
     """Return a worker as the settings ask for it, not started."""
     use_one_thread()
+    take_short_turns()
     file, models = rules_file(settings), registry(settings)
 
     def detectors(rules: RuleSet | None) -> Callable[[], Detector]:

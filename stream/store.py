@@ -27,6 +27,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
+from stream import steps
 from stream.errors import ConfigError, StoreError
 from stream.security import REDIS, redis_options
 from stream.settings import RedisSettings
@@ -282,6 +283,7 @@ class Store:
                     for chunk in _chunks(blobs):
                         await call("HSET", key, *chunk)
                     await call("HSET", key, OFFSET_FIELD, b"%d" % offset)
+                    steps.reached("flushing")
                     if await call("EXEC") is not None:
                         return Saved.DONE
         raise StoreError(f"{key} at {self.address} changes while it is written: does another worker own it too?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ _POLL_MS = 200
 _SLICE_S = 0.1  # what is taken in at once should take no longer
 _SLICE_MIN = 100  # records
 _REVOKE_S = 20.0  # for a partition that goes to another worker: less than the group waits, see kafka.py
+_LEAVE_S = 5.0  # to tell the group
 _AGAIN_S = (1.0, 10.0)  # between two attempts to take a partition: at first, at last
 _LOOK_S = 1.0  # between two looks at how the worker does
 _SILENT_MS = 10_000  # without an answer of the broker
@@ -134,7 +136,9 @@ class Worker:
                 # aiokafka does not say "revoked" before stop
                 await asyncio.shield(self._let_go(list(self.partitions), limit_s))
             finally:
-                await consumer.stop()
+                with contextlib.suppress(TimeoutError):  # of a broker that is away: it finds out by itself
+                    async with asyncio.timeout(_LEAVE_S):
+                        await consumer.stop()
                 await asyncio.shield(self._let_go(list(self.partitions), limit_s))
 
     async def _ensure_topics(self, topics: Sequence[str], rules: RuleSet | None) -> None:
