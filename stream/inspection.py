@@ -115,7 +115,8 @@ def inspected(field: bytes, blob: bytes, pot: PotConfig) -> SeriesState:
 def _threshold(name: str, packed: AnyArray, spot: Spot) -> ThresholdState:
     at = np.zeros(1, np.int64)
     try:
-        spot.unpack(at, packed.reshape(1))
+        with np.errstate(over="ignore"):  # of a t that no score can reach
+            spot.unpack(at, packed.reshape(1))
     except StateError as e:
         raise StateError(f"state of {name!r}: {e}") from None
     health = Health(int(spot.health(at)[0]))

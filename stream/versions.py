@@ -84,6 +84,7 @@ _NO_PHASE_2 = np.iinfo(np.int64).min
 _NEVER_2 = -1
 _OPEN_2 = 3
 _STEPS_MAX_2 = 10_000
+_MS_MAX = 2**53
 # The checkpoints of that time are refused too: the threshold is of another model, whatever its name, and begins anew.
 _NO_MODEL = 0
 
@@ -172,16 +173,23 @@ def _from_1(field: bytes, blob: bytes, threshold: Dtype) -> bytes:
     if window is None:
         raise StateError(f"{said}: no window has {len(body)} bytes; the threshold's ring was changed")
     old = np.frombuffer(body, _row_1(window, threshold))[0]
-    if not (1 <= old["filled"] <= window and old["state"] <= 1 and old["interval_ms"] > 0):
+    newest_ms = int(old["phase_ms"]) + int(old["newest"]) * int(old["interval_ms"])
+    bounds = (
+        (old["filled"], 1, window),
+        (old["state"], 0, 1),
+        (old["interval_ms"], 1, _MS_MAX),
+        (newest_ms, 0, _MS_MAX),
+        (old["steps"], 0, _STEPS_MAX_2),
+    )
+    if not all(least <= value <= most for value, least, most in bounds):
         raise StateError(f"{said}: its fields are out of their bounds")
     row = np.zeros((), _row_2(window, threshold))
     for name in _row_1(window, threshold).names or ():
         row[name] = old[name]
-    row["steps"] = min(int(old["steps"]), _STEPS_MAX_2)
     row["state"] = _OPEN_2 if old["state"] else 0
     row["anomalous_run"] = old["anomalies"] if old["state"] and not old["normal_run"] else 0
     row["resolved_ms"] = _NEVER_2
-    row["heard_ms"] = old["phase_ms"] + old["newest"] * old["interval_ms"]
+    row["heard_ms"] = newest_ms
     row["arrived_ms"] = _NEVER_2
     return _sealed_2(field, row.tobytes(), window)
 

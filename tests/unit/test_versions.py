@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models.pot import PotConfig, Spot
 from stream import snapshot, versions
@@ -191,3 +193,18 @@ def test_every_step_refuses_noise() -> None:
             noise = versions.MAGIC + bytes([version]) + rng.bytes(size)
             with pytest.raises(StateError, match="'x'"):
                 versions.brought_to(snapshot.VERSION, b"x", noise, LAYOUT)
+
+
+@given(
+    name=st.sampled_from([b"open", b"short", b"probing"]),
+    changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4),
+)
+def test_any_content_of_version_1_under_a_right_checksum_is_taken_or_refused(
+    name: bytes, changes: list[tuple[int, int]]
+) -> None:
+    blob = bytearray(BLOBS_1[name])
+    for at, value in changes:
+        blob[HEADER_1 + at % (len(blob) - HEADER_1)] = value
+    fresh, outcome = restored({name: sealed(bytes(blob), name)})
+    assert outcome.series + len(outcome.refused) == 1
+    assert len(packed(fresh)) == outcome.series
