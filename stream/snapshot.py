@@ -289,10 +289,10 @@ def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
     series = recalibrating = 0
     for (shadow, number, window), some in sorts.items():
         places = detector.shadows if shadow else detector.places
-        other, problems = _restore(detector, places, places.groups[number], window, some)
-        series += 0 if shadow else len(some)
-        recalibrating += 0 if shadow else other
-        refused += problems
+        restored = _restore(detector, places, places.groups[number], window, some)
+        series += 0 if shadow else restored.series
+        recalibrating += 0 if shadow else restored.recalibrating
+        refused += restored.refused
     return Restored(series, recalibrating, refused)
 
 
@@ -390,10 +390,8 @@ def _sound_tail(group: Group, tail: _Tail, row: AnyArray) -> bool:
     )
 
 
-def _restore(
-    detector: Detector, places: Places, group: Group, window: int, blobs: list[_Blob]
-) -> tuple[int, list[StateError]]:
-    """Restore series of one group and one length of window; return how many calibrate anew, and complaints."""
+def _restore(detector: Detector, places: Places, group: Group, window: int, blobs: list[_Blob]) -> Restored:
+    """Restore series of one group and one length of window."""
     slots = np.array([one.slot for one in blobs], np.int32)
     at = places.row_of[slots].astype(np.int32)
     rows = np.frombuffer(b"".join(one.record for one in blobs), row_dtype(group, window))
@@ -418,7 +416,7 @@ def _restore(
     if places is detector.places:
         interval = np.where(group.placing.probing[at], 0, group.placing.interval_ms[at])
         detector.silence.span_ms[slots] = detector.table.silent_after[detector.rule_of[slots]] * interval
-    return int((~same).sum()), refused
+    return Restored(len(blobs), int((~same).sum()), refused)
 
 
 def _set_grids(group: Group, at: Int32Array, asked: Int64Array) -> BoolArray:
