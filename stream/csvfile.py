@@ -24,6 +24,7 @@ A line that cannot be read is refused and reported, and the rest goes on; a file
 
 import csv
 import gzip
+import io
 import math
 import re
 import zlib
@@ -41,6 +42,10 @@ from stream.columns import SeriesIndex, name_problem
 from stream.errors import InputError
 from stream.records import SECONDS_BELOW, TIMESTAMP_MAX_MS, VALUE_MAX
 
+BYTES_MAX: Final = 1 << 30  # of a file, unpacked
+LINE_MAX: Final = 1 << 20  # characters of a line: thousands of columns
+_EXPANSION_MAX: Final = 200  # times that a gzip file may grow; deflate could a thousand times …
+_ALWAYS_BYTES: Final = 64 << 20  # … and so far it may anyway
 MAX_REFUSED: Final = 100  # refused lines kept with their text; all of them are counted
 _CHUNK: Final = 2_048  # lines split at once: short-lived lists, else the garbage collector costs half the time
 _SNIFFED: Final = 100  # lines that settle the separator and the number of columns
@@ -321,20 +326,36 @@ def _join(columns: Sequence[npt.NDArray[_T]], dtype: type[_T]) -> npt.NDArray[_T
 def _read_bytes(path: Path) -> bytes:
     """Return the file's bytes, decompressed."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(BYTES_MAX + 1)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the path of a CSV file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a directory, not a file; name the CSV files in it") from None
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    _check_size(path, data)
     if data[:2] == b"\x1f\x8b":
+        most = max(_EXPANSION_MAX * len(data), _ALWAYS_BYTES)
         try:
-            return gzip.decompress(data)
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
+                text = packed.read(min(most, BYTES_MAX) + 1)
+            _check_size(path, text)
+            if len(text) > most:
+                raise InputError(
+                    f"{path}: unpacks to more than {_EXPANSION_MAX} times its size, which no measured values do; "
+                    "if you trust the file, unpack it first"
+                )
+            return text
         except (OSError, EOFError, zlib.error) as error:
             # Half a file would be replayed as if it were the whole, and end in a false silence.
             raise InputError(f"{path}: damaged or cut-off gzip ({error}); fetch the file again") from None
     return data
+
+
+def _check_size(path: Path, data: bytes) -> None:
+    if len(data) > BYTES_MAX:
+        raise InputError(f"{path}: larger than {BYTES_MAX:,} bytes; split it, by KPI or by time")
 
 
 def _decode(path: Path, data: bytes) -> str:
@@ -354,6 +375,9 @@ def _decode(path: Path, data: bytes) -> str:
 def _content(path: Path, text: str) -> tuple[npt.NDArray[np.int64], list[str], str | None]:
     """Return the lines that count with their numbers, and the separator that a `sep=` line names."""
     lines = text.split("\n")
+    if (longest := max(map(len, lines))) > LINE_MAX:
+        number = next(i for i, line in enumerate(lines, 1) if len(line) == longest)
+        raise InputError(f"{path}: line {number} has {longest:,} characters, at most {LINE_MAX:,}; {_EXPECTED}")
     numbers = [i for i, line in enumerate(lines) if (blank := line.lstrip()) and blank[0] != "#"]
     separator = None
     if numbers and (match := _SEP_LINE.fullmatch(lines[numbers[0]].strip(' "'))):

@@ -20,6 +20,7 @@ from aiokafka.errors import (
     TransactionalIdAuthorizationFailed,
 )
 
+from stream.batches import bound_batches
 from stream.security import KAFKA, Certificates, read_secret, tls_context
 from stream.settings import KafkaSettings
 
@@ -58,6 +59,7 @@ def transactional_id(settings: KafkaSettings, partition: TopicPartition) -> str:
 
 def points_consumer(settings: KafkaSettings) -> AIOKafkaConsumer:
     """Return a consumer of the group, not started and not subscribed; offsets are committed by the producers."""
+    bound_batches()
     return AIOKafkaConsumer(
         **client_options(settings),
         group_id=settings.group,

@@ -27,9 +27,11 @@ VALUE_MAX = 1e30  # squares and window sums of larger values leave the range of 
 SECONDS_BELOW = 100_000_000_000  # a smaller number is in seconds: as ms it would lie before March 1973
 TIMESTAMP_MAX_MS = 7_258_118_400_000  # 2200-01-01: beyond it the unit is wrong (µs, ns), not the clock
 RECORD_BYTES_MAX = 65_536
+METRICS_MAX = 1_024  # of one record of an entity: watched metric by metric, each is a series
+UNREADABLE = b"\0tocsin cannot read this batch: "  # begins the record that stands for one, see `batches`
 
 Reason = Literal["empty", "too_large", "not_utf8", "not_json", "wrong_type", "bad_name", "bad_timestamp", "bad_value",
-                 "in_the_future", "too_late", "wrong_shape", "too_many_series", "quota"]  # fmt: skip
+                 "in_the_future", "too_late", "wrong_shape", "too_many_series", "quota", "bad_batch"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,8 @@ class _Refusal(RecordError):
 def _decode_one(value: bytes | None) -> Point:
     if not value:
         raise _Refusal("empty", "the record has no value (a tombstone?)")
+    if value.startswith(UNREADABLE):
+        raise _Refusal("bad_batch", value.removeprefix(UNREADABLE).decode("utf-8", "replace"))
     if len(value) > RECORD_BYTES_MAX:
         raise _Refusal("too_large", f"the record has {len(value)} bytes, the limit is {RECORD_BYTES_MAX}")
     try:
@@ -205,6 +209,8 @@ def _entity(point: Point, index: SeriesIndex) -> list[tuple[int, float, int]]:
         values = {point.metric: point.value}
     if not values:
         raise _Refusal("wrong_type", "an entity record needs `values` (metric -> number), or `metric` and `value`")
+    if len(values) > METRICS_MAX:
+        raise _Refusal("too_large", f"the record has {len(values)} metrics, the limit is {METRICS_MAX}")
     if problem := name_problem(name):
         raise _Refusal("bad_name", problem)
     numbers = {metric: _value(value) for metric, value in values.items()}

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -435,3 +436,31 @@ def test_the_real_files_are_read_whole() -> None:
         assert int((table.label == 1).sum()) == facts["anom"], path
         assert int((steps - 1).sum()) == facts["missing"], path
         assert (int((steps > 1).sum()), int(steps.max()) - 1) == (facts["gaps"], facts["maxgap"]), path
+
+
+def test_a_gzip_file_that_grows_too_much_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    line = b"1469376000,0.84\n" * 65_536
+    parts = [packer.compress(line) for _ in range(100)]
+    path = tmp_path / "bomb.csv.gz"
+    path.write_bytes(b"".join([*parts, packer.flush()]))
+    with pytest.raises(InputError, match="unpacks to more than 200 times its size"):
+        read_table(path)
+
+
+def test_a_file_beyond_the_bound_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream.csvfile.BYTES_MAX", 1_000)
+    text = b"1469376000,0.84\n" * 63
+    plain, packed = tmp_path / "a.csv", tmp_path / "a.csv.gz"
+    plain.write_bytes(text)
+    packed.write_bytes(gzip.compress(text))
+    for path in (plain, packed):
+        with pytest.raises(InputError, match="larger than 1,000 bytes; split it"):
+            read_table(path)
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"1469376000,0.84\n" + b"," * (2 << 20))
+    with pytest.raises(InputError, match="line 2 has 2,097,152 characters, at most 1,048,576"):
+        read_table(path)

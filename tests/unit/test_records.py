@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stream.columns import Columns, SeriesIndex
-from stream.records import RECORD_BYTES_MAX, VALUE_MAX, Reject, decode
+from stream.records import METRICS_MAX, RECORD_BYTES_MAX, UNREADABLE, VALUE_MAX, Reject, decode
 
 TIME = 1_469_376_000  # 2016-07-24 16:00:00 UTC
 MS = TIME * 1000
@@ -243,3 +243,25 @@ def test_arrival_is_that_of_the_own_record() -> None:
     assert [(reject.row, reject.reason) for reject in rejects] == [(0, "not_json"), (1, "in_the_future")]
     assert read(record(timestamp=MS), arrival_ms=None)[1] == []
     assert read(record(timestamp=MS), arrival_ms=[-1])[1] == [], "a record without a time of its own"
+
+
+def test_a_record_with_too_many_metrics_makes_no_series() -> None:
+    values = ",".join(f'"m{i}":1' for i in range(METRICS_MAX + 1))
+    index = SeriesIndex()
+    columns, rejects = decode([f'{{"entity":"e","timestamp":1469376000,"values":{{{values}}}}}'.encode()], index)
+    assert (len(columns), len(index)) == (0, 0)
+    assert [(one.row, one.reason) for one in rejects] == [(0, "too_large")]
+    assert f"{METRICS_MAX + 1} metrics, the limit is {METRICS_MAX}" in rejects[0].detail
+
+
+def test_what_stands_for_a_batch_says_why_it_could_not_be_read() -> None:
+    _, rejects = decode([UNREADABLE + b"it is too large"], SeriesIndex())
+    assert [(one.reason, one.detail) for one in rejects] == [("bad_batch", "it is too large")]
+
+
+@pytest.mark.parametrize("depth", [100, 10_000, 30_000])
+def test_nesting_is_bounded(depth: int) -> None:
+    deep = b'{"kpi":"a","timestamp":1469376000,"value":1,"more":' + b"[" * depth + b"]" * depth + b"}"
+    columns, rejects = decode([deep], SeriesIndex())
+    assert len(columns) + len(rejects) == 1
+    assert len(rejects) == (depth > 100)
