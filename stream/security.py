@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
+from pydantic import SecretStr
+
 from stream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class Certificates(NamedTuple):
     cafile: str
     certfile: str
     keyfile: str
-    keypassword: str
+    keypassword: SecretStr
     check_hostname: bool
 
     @classmethod
@@ -46,7 +48,7 @@ class Certificates(NamedTuple):
             settings.ssl_cafile,
             settings.ssl_certfile,
             settings.ssl_keyfile,
-            settings.ssl_keypassword.get_secret_value(),
+            settings.ssl_keypassword,
             settings.ssl_check_hostname,
         )
 
@@ -99,7 +101,7 @@ def _load(context: ssl.SSLContext, files: Certificates) -> None:
     if files.certfile:
         try:
             # A function: without one, OpenSSL would ask for the password of an encrypted key at the terminal.
-            context.load_cert_chain(files.certfile, files.keyfile or None, lambda: files.keypassword)
+            context.load_cert_chain(files.certfile, files.keyfile or None, lambda: files.keypassword.get_secret_value())
         except (ssl.SSLError, ValueError) as e:  # a ValueError: an empty password
             raise ConfigError(
                 f"{files.prefix}SSL_CERTFILE={files.certfile}: no certificate and key in PEM form that belong together"

@@ -17,7 +17,7 @@ from models.checkpoint import Checkpoint
 from stream.detector import Detector
 from stream.discovery import discover
 from stream.embedded import Servers, patch_aborted_transactions
-from stream.errors import CheckpointError, ConfigError
+from stream.errors import BrokerError, CheckpointError, ConfigError, TocsinError
 from stream.registry import Chosen, Registry, features_of
 from stream.reload import RulesFile
 from stream.rights import require_rights
@@ -292,18 +292,29 @@ def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
 
 
 async def check_servers(settings: Settings) -> list[str]:
-    """Try the broker and the store; return a line about each.
+    """Try the broker and the store, both of them whatever is wrong with one; return a line about each.
 
     Raises:
-        BrokerError: the broker cannot be reached, or rights are missing.
-        StoreError: the store cannot be reached, or rights are missing.
+        BrokerError: the broker cannot be reached, or rights are missing; with what is wrong with the store.
+        StoreError: the store alone cannot be reached or written, or rights are missing.
     """
+    tried = await asyncio.gather(_check_broker(settings), _check_store(settings), return_exceptions=True)
+    problems = [one for one in tried if isinstance(one, BaseException)]
+    if len(problems) == 2 and all(isinstance(one, TocsinError) for one in problems):
+        raise BrokerError("\n".join(map(str, problems))) from problems[0]
+    for problem in problems:
+        raise problem
+    return [f"broker {settings.kafka.bootstrap_servers}: fine", "store: fine"]
+
+
+async def _check_broker(settings: Settings) -> None:
     kafka = settings.kafka
     writes = (kafka.anomalies_topic, kafka.rejects_topic, kafka.shadow_topic)
-    await require_rights(kafka, reads=[kafka.points_topic], writes=writes, transactions=True)
-    store = Store.of(settings.redis)
-    try:
+    transactions = kafka.delivery == "exactly_once"
+    await require_rights(kafka, reads=[kafka.points_topic], writes=writes, transactions=transactions)
+
+
+async def _check_store(settings: Settings) -> None:
+    async with Store.of(settings.redis) as store:
         await store.connect(settings.redis.connect_timeout_s)
-    finally:
-        await store.close()
-    return [f"broker {settings.kafka.bootstrap_servers}: fine", "store: fine"]
+        await store.check()

@@ -321,6 +321,17 @@ async def test_a_right_that_is_taken_away_at_work_ends_the_service_with_its_name
     await service.store.close()
 
 
+async def test_a_check_says_what_is_wrong_with_either_server(place: Place, unused_port: int) -> None:
+    place.redis_url = f"redis://:{REDIS_PASSWORD}@{LOOPBACK}:{unused_port}/0"
+    more = {"TOCSIN_REDIS__CONNECT_TIMEOUT_S": "0.5", "TOCSIN_KAFKA__SASL_PASSWORD": WRONG}
+    with pytest.raises(BrokerError) as caught:
+        await check_servers(place.settings(**more))
+    broker, store = str(caught.value).splitlines()
+    assert "see TOCSIN_KAFKA__SASL_USERNAME and TOCSIN_KAFKA__SASL_PASSWORD" in broker
+    assert f"cannot reach the store at redis://{LOOPBACK}:{unused_port}/0" in store
+    assert_silent(str(caught.value))
+
+
 # -- tokens -----------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from aiokafka.abc import AbstractTokenProvider
 from aiokafka.protocol.admin import SaslAuthenticateRequest
+from pydantic import SecretStr
 
 from stream.embedded import LOOPBACK, Servers
 from stream.errors import ConfigError
@@ -154,7 +155,7 @@ async def test_a_token_is_read_again_for_each_connection(tmp_path: Path) -> None
 
 
 def certificates(cafile: str, certfile: str = "", *, check_hostname: bool = True) -> Certificates:
-    return Certificates(KAFKA, cafile, certfile, "", "", check_hostname)
+    return Certificates(KAFKA, cafile, certfile, "", SecretStr(""), check_hostname)
 
 
 def test_a_context_trusts_nobody_by_default(tmp_path: Path) -> None:
