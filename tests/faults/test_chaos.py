@@ -17,22 +17,22 @@ from tests.servers import why_no_kafka
 async def test_kills_restarts_and_cut_links_change_no_event(tmp_path: Path) -> None:
     if reason := why_no_kafka():
         pytest.skip(reason)
-    plan = Plan(seed=11, kills=3, server_faults=4, link_faults=3, points=12_000, series=20, workers=2, static=2)
+    plan = Plan(seed=11, kills=2, server_faults=4, link_faults=2, points=8_000, series=16, workers=2, static=2)
     report = await Chaos(plan, tmp_path).run()
     assert report, report.table()
-    assert report.events.expected > 100 and report.rejects.expected > 20
-    assert report.faults[KILL] == 3 and report.faults.total() == 10
+    assert report.events.expected > 50 and report.rejects.expected > 100
+    assert report.faults[KILL] == 2 and report.faults.total() == 8
     assert sum(count for kind, count in report.faults.items() if kind in BROKER) == 1
 
 
 async def test_kills_and_a_lost_store_change_no_event_on_the_embedded_broker(tmp_path: Path) -> None:
     plan = Plan(
-        seed=12, kills=2, server_faults=2, link_faults=1, points=6_000, series=12, workers=2, static=2, real=False
+        seed=12, kills=1, server_faults=2, link_faults=1, points=4_000, series=10, workers=2, static=2, real=False
     )
     report = await Chaos(plan, tmp_path).run()
     assert report, report.table()
-    assert report.events.expected > 50
-    assert report.faults[KILL] == 2
+    assert report.events.expected > 20 and report.rejects.expected > 50
+    assert report.faults[KILL] == 1
 
 
 def test_a_seed_gives_one_schedule_with_every_kind_in_it() -> None:
