@@ -88,7 +88,6 @@ async def test_a_stop_does_not_wait_for_a_broker_that_is_away(redis_url: str, un
         pytest.skip(reason)
     async with KafkaServer() as server:
         more = {"TOCSIN_SHUTDOWN_TIMEOUT_S": "2"}
-        settings = settings_for(server.bootstrap, redis_url, unique, **more)
         environment = os.environ | environment_for(server.bootstrap, redis_url, unique, **more)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "stream", "serve"), env=environment, stderr=asyncio.subprocess.PIPE
