@@ -1,6 +1,6 @@
 # make demo   install, then the whole path on embedded servers
 # make test   install, then every check and test
-# make check | bench | install | clean
+# make check | bench | faults | install | clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/kafka/libs),)
 export TOCSIN_TEST_KAFKA_HOME ?= $(abspath ../shared/kafka)
 endif
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench faults clean
 
 install: $(STAMP)
 
@@ -42,6 +42,11 @@ bench: install
 	@$(BIN)/python -m tests.bench.pot
 	@$(BIN)/python -m tests.bench.budgets
 	@$(BIN)/python -m tests.bench.models
+
+# SEED=7 KILLS=100 SERVER_FAULTS=25 LINK_FAULTS=25 make faults
+faults: install
+	@$(BIN)/python -m tests.faults --seed $(or $(SEED),1) --kills $(or $(KILLS),20) \
+		--server-faults $(or $(SERVER_FAULTS),6) --link-faults $(or $(LINK_FAULTS),6)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
