@@ -20,6 +20,7 @@ _LAST_MS = TIMESTAMP_MAX_MS + _INTERVAL_MAX_MS  # the cell of a point may begin 
 _ARRIVED_MAX_MS = 2**60
 _BACKOFF_MAX = 8
 _FLOAT_MAX = 1e37  # of float32, with room for a sum of two
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _NO_PHASE = np.iinfo(np.int64).min
 _NO_CELL = -(2**62)
 
@@ -42,6 +43,10 @@ def sound(rows: AnyArray, window: int) -> BoolArray:
     for name in ("normal_run", "anomalous_run", "anomalies"):
         good &= (rows[name] >= 0) & (rows[name] < 2**31 - 2**20)
     good &= (rows["peak_ratio"] >= 0) & _finite(rows["peak_ratio"][:, None])
+    # The threshold's own fields are looked at by itself; here what its owner relies on: its scores are float32.
+    for name in ("t", "z", "scale", "mean"):
+        field = rows["threshold"][name]
+        good &= (np.abs(field) <= _FLOAT32_MAX) | (field == np.inf)
     good &= _finite(rows["peak_value"][:, None]) | np.isnan(rows["peak_value"])
     result: BoolArray = good
     return result
