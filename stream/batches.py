@@ -28,6 +28,7 @@ from stream.records import UNREADABLE
 log = logging.getLogger(__name__)
 
 UNPACKED_BYTES_MAX: Final = 64 << 20  # of one batch; producers make batches of up to 1 MiB before they pack them
+_PIECE_BYTES: Final = 1 << 18  # unpacked at once
 
 
 class _TooLargeError(Exception):
@@ -40,11 +41,13 @@ def unpacked(payload: Any) -> bytes:
     Raises:
         _TooLargeError: it is more than `UNPACKED_BYTES_MAX`; no more than that was unpacked.
     """
+    content = bytearray()
     with gzip.GzipFile(fileobj=io.BytesIO(payload)) as file:
-        content = file.read(UNPACKED_BYTES_MAX + 1)
-    if len(content) > UNPACKED_BYTES_MAX:
-        raise _TooLargeError(f"it unpacks to more than {UNPACKED_BYTES_MAX:,} bytes")
-    return content
+        while part := file.read(_PIECE_BYTES):
+            content += part
+            if len(content) > UNPACKED_BYTES_MAX:
+                raise _TooLargeError(f"it unpacks to more than {UNPACKED_BYTES_MAX:,} bytes")
+    return bytes(content)
 
 
 @dataclass(frozen=True, slots=True)

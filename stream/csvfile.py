@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Self, TypeAlias, TypeVar
+from typing import IO, Final, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,7 @@ from stream.records import SECONDS_BELOW, TIMESTAMP_MAX_MS, VALUE_MAX
 
 BYTES_MAX: Final = 1 << 30  # of a file, unpacked
 LINE_MAX: Final = 1 << 20  # characters of a line: thousands of columns
+_PIECE: Final = 1 << 18
 _EXPANSION_MAX: Final = 200  # times that a gzip file may grow; deflate could a thousand times …
 _ALWAYS_BYTES: Final = 64 << 20  # … and so far it may anyway
 MAX_REFUSED: Final = 100  # refused lines kept with their text; all of them are counted
@@ -327,7 +328,7 @@ def _read_bytes(path: Path) -> bytes:
     """Return the file's bytes, decompressed."""
     try:
         with path.open("rb") as file:
-            data = file.read(BYTES_MAX + 1)
+            data = read_at_most(file, BYTES_MAX + 1)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the path of a CSV file") from None
     except IsADirectoryError:
@@ -339,7 +340,7 @@ def _read_bytes(path: Path) -> bytes:
         most = max(_EXPANSION_MAX * len(data), _ALWAYS_BYTES)
         try:
             with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
-                text = packed.read(min(most, BYTES_MAX) + 1)
+                text = read_at_most(packed, min(most, BYTES_MAX) + 1)
             _check_size(path, text)
             if len(text) > most:
                 raise InputError(
@@ -351,6 +352,15 @@ def _read_bytes(path: Path) -> bytes:
             # Half a file would be replayed as if it were the whole, and end in a false silence.
             raise InputError(f"{path}: damaged or cut-off gzip ({error}); fetch the file again") from None
     return data
+
+
+def read_at_most(file: IO[bytes] | gzip.GzipFile, size: int) -> bytes:
+    """Return what a file holds, up to so many bytes: `read(size)` would take the memory for all of them at once."""
+    parts: list[bytes] = []
+    while size > 0 and (part := file.read(min(size, _PIECE))):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 def _check_size(path: Path, data: bytes) -> None:
