@@ -23,7 +23,9 @@ class DetectorConfig:
     # and a single false alarm on a slope would last for hours (Hampel's rule: follow the near, ignore the far).
     follow_ratio: float = 2.0
     source: str = "tocsin"
-    series_max: int = 0  # series of one detector; 0: no bound. Beyond it a new one takes the place of an idle one …
+    series_max: int = (
+        1_000_000  # series of one detector; 0: no bound. Beyond it a new one takes the place of an idle one …
+    )
     idle_ms: int = 7 * 86_400_000  # … whose newest point lies further than this behind the newest one of all
 
 

@@ -178,10 +178,14 @@ class Settings(BaseSettings):
     accept_after_h: float = Field(12.0, gt=0, description="An incident this long is taken for the new normal, hours.")
     future_limit_s: float = Field(600.0, gt=0, description="How far ahead of its arrival a point may lie, seconds.")
     series_max: int = Field(
-        1_000_000, ge=1, description="Series of a partition; beyond it a new one takes the place of an idle one."
+        DetectorConfig().series_max,
+        ge=1,
+        description="Series of a partition; beyond it a new one takes the place of an idle one.",
     )
     series_idle_h: float = Field(
-        168.0, gt=0, description="A series may lose its place once it has sent nothing for so long, hours of event time."
+        168.0,
+        gt=0,
+        description="A series may lose its place once it has sent nothing for so long, hours of event time.",
     )
     shutdown_timeout_s: float = Field(
         20.0, gt=0, description="How long a stop may take to settle and to write the state, seconds."
