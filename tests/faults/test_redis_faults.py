@@ -23,7 +23,7 @@ from tests.faults.proxy import Proxy
 from tests.live import backtested, digest, published, sample_points, settings_for, until, until_committed, working
 from tests.servers import StoreServer
 
-POINTS = sample_points(days=4)
+POINTS = sample_points(days=3)
 NOT_WRITTEN = "state not written"
 LOST = "lost its state"
 
@@ -188,11 +188,11 @@ async def test_unreachable(bench: Bench, caplog: pytest.LogCaptureFixture) -> No
 
 
 async def test_slow(bench: Bench) -> None:
-    """A flush that takes seconds holds nothing up but the next flush."""
+    """A flush that takes a second holds nothing up but the next flush."""
     async with working(bench.settings):
         await bench.until_stored(await through(bench, 0))
-        bench.proxy.delay_ms = 250
-        bench.proxy.bytes_per_s = 100_000
+        bench.proxy.delay_ms = 150
+        bench.proxy.bytes_per_s = 200_000
         total = await through(bench, 1)
         await bench.until_stored(total)
         await bench.proxy.heal()
