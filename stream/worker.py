@@ -295,7 +295,11 @@ class Worker:
                 return
             pause_s = min(max(2 * pause_s, _AGAIN_S[0]), _AGAIN_S[1])
         if self.make_detector is not made_by:  # the rules have changed meanwhile
-            await partition.change_detector(self.make_detector())
+            try:
+                await partition.change_detector(self.make_detector())
+            except BaseException:
+                await partition.abandon()
+                raise
         # In one go: what is fetched behind the seek must find the partition.
         self.partitions[at] = partition
         del self._taking[at]

@@ -204,4 +204,4 @@ def test_the_core_gets_what_was_set() -> None:
 
 def test_the_defaults_are_those_of_the_core() -> None:
     assert Settings().policy() == Policy(silent_after=Settings().silent_after)
-    assert Settings().detector() == DetectorConfig()
+    assert Settings().detector() == DetectorConfig(series_max=Settings().series_max)
