@@ -2,8 +2,8 @@
 
 Nothing is looked at before a bound is reached. Then a new series takes the place of the one that has been idle longest:
 
-    idle       the newest event time of the partition lies further than `idle_ms`, and than the series' own span of
-               silence, behind its newest point: that it is silent has been told
+    idle       the newest event time of the partition, that of the new point included, lies further than `idle_ms`, and
+               than the series' own span of silence, behind its newest point: that it is silent has been told
     never      goes a series with an incident that has been told and has not ended
     refused    is a point of a new series where none is idle, or which is as old as an idle one itself
 
@@ -175,7 +175,8 @@ class _Planner:
 
     def _decide(self, i: int, rule: int) -> Reason | None:
         """Return why there is no room for the series of a point; None: there is."""
-        watermark = max(int(self.newest[i]), self.newest_new)
+        # With its own time: where all others have stopped, nothing else would show it.
+        watermark = max(int(self.newest[i]), self.newest_new, int(self.time_ms[i]))
         quota, too_old = int(self.quota[rule]), self.time_ms[i] + self.idle_ms < watermark
         while quota and self.of_rule[rule] >= quota:
             if too_old or not self._evict(i, rule, watermark):

@@ -218,16 +218,17 @@ class Reference:
 
     def _no_room(self, new: Series, row: int, time: int) -> str:
         """Make room for a series; return why there is none, "" if there is."""
+        watermark = max(self.watermark, time)
         bounds = [(new.policy.series_max, new.rule, "quota"), (self.config.series_max, None, "too_many_series")]
         for most, rule, reason in bounds:
             while most and sum(rule is None or one.rule is rule for one in self.series.values()) >= most:
                 idle = [
                     (since, one.name)
                     for one in self.series.values()
-                    if (rule is None or one.rule is rule) and (since := self._idle_since(one)) < self.watermark
+                    if (rule is None or one.rule is rule) and (since := self._idle_since(one)) < watermark
                     if one.memory.incident is None or one.memory.incident.state != "open"
                 ]
-                if not idle or time + self.config.idle_ms < self.watermark:
+                if not idle or time + self.config.idle_ms < watermark:
                     return reason
                 self._evict(min(idle)[1], row)
         return ""
