@@ -209,6 +209,7 @@ class Placing:
                 own.row[:] = -1
                 kept.append(own)
                 continue
+            until = int(np.flatnonzero(own.row == own.row[until - 1])[-1]) + 1  # all that the record brought
             first = self._without_repeats(own.take(np.arange(until)))
             times = np.unique(first.timestamp_ms)[:need]
             row = int(first.row[-1])
