@@ -56,8 +56,11 @@ def mend(published: list[Statement], cell: int, said: Sequence[Said], standing: 
     for one in wrong:
         data, one.live = _data(one.event), False
         if data.incident not in retracted:
-            come_to = latest.get(data.incident, data)  # of one that another has followed: its end is among the said
-            severity, anomalies = standing(data.incident) or (come_to.severity, come_to.anomalies)
+            end = latest.get(data.incident)
+            if end is None or not end.reason:  # it goes on; else what does is another one, perhaps one that is muted
+                severity, anomalies = standing(data.incident) or (data.severity, data.anomalies)
+            else:
+                severity, anomalies = end.severity, end.anomalies
             still = msgspec.structs.replace(
                 data,
                 severity=severity,

@@ -216,6 +216,14 @@ def test_of_an_older_incident_what_is_no_longer_said_has_the_severity_of_its_end
     assert (data_of(found[0]).severity, data_of(found[0]).anomalies) == ("warning", 1)
 
 
+def test_the_end_that_is_said_counts_and_not_a_muted_incident_behind_it() -> None:
+    told = published(OPENED, UPDATED)
+    news = [said(6, "resolved", opened=5, anomalies=1)]
+    found = mend(told, 6, news, lambda incident: ("critical", 1))  # of the incident that a cooldown keeps quiet
+    assert sorted(one.type.rpartition(".")[2] for one in found) == ["corrected", "resolved"]
+    assert {data_of(one).severity for one in found} == {"warning"}
+
+
 def test_another_severity_of_an_update_is_another_statement() -> None:
     told = published(OPENED, UPDATED)
     critical = said(6, "updated-critical", opened=5, severity="critical")
