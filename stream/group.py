@@ -187,7 +187,7 @@ class Group:
     def _make_room(self, rows: int) -> None:
         if rows <= self.capacity:
             return
-        new = max(rows, 2 * self.capacity, _FIRST_CAPACITY)
+        new = max(rows, self.capacity + self.capacity // 4, _FIRST_CAPACITY)  # a KPI is 2 kB: little in reserve
         for part in (self.placing, self.windows, self.threshold, self.incidents):
             part.resize(new)
         if self.waits:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,16 @@ PASSWORDS = {
 }
 REDIS_PASSWORD = "r3dis-s3cret"
 WRONG = "wr0ng-s3cret"
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_left_open() -> AsyncIterator[None]:
+    """Let TLS connections that have been closed come to their end: aiokafka and redis-py do not wait for the answer."""
+    yield
+    selector = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 5
+    while len(selector.get_map()) > 1 and time.monotonic() < deadline:  # more than the loop's own
+        await asyncio.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

@@ -203,15 +203,18 @@ async def test_kill_9_before_it_was_told_loses_nothing(
     broker: str, redis_url: str, unique: str, tmp_path: Path
 ) -> None:
     """The state is flushed all the time, a transaction comes seconds after the one before it."""
-    more = {**SERVE, "TOCSIN_KAFKA__SETTLE_INTERVAL_MS": "6000", "TOCSIN_REDIS__FLUSH_INTERVAL_S": "0.05"}
+    more = {**SERVE, "TOCSIN_KAFKA__SETTLE_INTERVAL_MS": "10000", "TOCSIN_REDIS__FLUSH_INTERVAL_S": "0.05"}
     settings = settings_for(broker, redis_url, unique, **more)
     environment = dict(environment_for(broker, redis_url, unique, **more))
     await _topics(settings)
     async with serving(environment, tmp_path / "log"):
         await until(lambda: "assigned" in (tmp_path / "log").read_text(), "it has its partition")
-        await send(settings.kafka, [("a", now_ms(), 1.0)], arrived_ms=now_ms() - SPAN_MS - 60_000)
+        due_ms = 3_000  # from now: its point is committed by then, and the next transaction ten seconds later
+        await send(
+            settings.kafka, [("a", now_ms(), 1.0)], arrived_ms=now_ms() - SPAN_MS - worker._UNDER_WAY_MS + due_ms
+        )
         await until_committed(settings.kafka, 1)
-        await asyncio.sleep(2)  # found out, and waiting for its transaction
+        await asyncio.sleep(5)  # found out, and waiting for its transaction
         assert await said(settings) == []
     async with serving(environment, tmp_path / "log"):
         await until(lambda: _has(settings, 1), "it is silent")

@@ -67,7 +67,8 @@ def test_run_shares_the_names_of_the_detector() -> None:
     live.index["already there"]
     list(backtest.run(live, stream([*normal_points(20, name="b"), *normal_points(20, name="a")])))
     assert live.index.names == ["already there", "b", "a"]
-    assert live.groups[0].windows.filled[:3].tolist() == [0, 9, 9]
+    assert live.row_of[:3].tolist() == [-1, 0, 1], "a series has a place once a point of it has come"
+    assert live.groups[0].windows.filled[:2].tolist() == [9, 9]
 
 
 def test_run_refuses_a_name_that_cannot_be_one() -> None:
