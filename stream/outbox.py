@@ -167,6 +167,7 @@ class PlainOutbox(Outbox):
 
 
 async def _ended(producer: AIOKafkaProducer) -> None:
+    """Stop a producer, whatever has become of it and of its broker."""
     stopping = asyncio.ensure_future(producer.stop())
     try:
         await asyncio.wait({stopping}, timeout=_CLOSE_S)
@@ -176,6 +177,10 @@ async def _ended(producer: AIOKafkaProducer) -> None:
         stopping.cancel()
         with contextlib.suppress(asyncio.CancelledError, KafkaError, OSError):
             await stopping
+        # Why its transaction has failed was said where it failed; asyncio would say it again, with a traceback.
+        failed = getattr(producer._txn_manager, "_transaction_waiter", None)
+        if failed is not None and failed.done() and not failed.cancelled():
+            failed.exception()
 
 
 __all__ = ["Outbox", "Outgoing", "PlainOutbox", "TransactionalOutbox", "in_vain"]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from aiokafka import ConsumerRecord
+from aiokafka import ConsumerRecord, OffsetAndMetadata
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 
 from stream import kafka as clients
@@ -108,6 +108,26 @@ async def test_a_stop_does_not_wait_for_a_broker_that_is_away(redis_url: str, un
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+
+async def test_whoever_finds_that_another_has_committed_begins_anew_from_there(
+    kafka: str, redis_url: str, unique: str
+) -> None:
+    settings = settings_for(kafka, redis_url, unique, TOCSIN_KAFKA__PARTITIONS="1")
+    topic = settings.kafka.points_topic
+    async with working(settings) as worker:
+        await send(settings.kafka, [("a", 1_767_571_200_000 + n * 60_000, 1.0) for n in range(10)])
+        await until_committed(settings.kafka, 10)
+        ((at, before),) = worker.partitions.items()
+        other = clients.transactional_producer(settings.kafka, at)
+        await other.start()  # the new owner, as this one does not know yet …
+        async with other.transaction():  # … which has gone through some more
+            await other.send_offsets_to_transaction({at: OffsetAndMetadata(5, "")}, settings.kafka.group)
+        await other.stop()
+        await send(settings.kafka, [("a", 1_767_571_200_000 + n * 60_000, 1.0) for n in range(10, 20)])
+        await until(lambda: worker.partitions.get(at) not in (None, before), "it takes the partition anew")
+        await until_committed(settings.kafka, 20)
+        assert worker.partitions[at].position == 20, topic
 
 
 async def test_a_partition_more_is_found_and_read(
