@@ -36,7 +36,6 @@ _METADATA_MS = 30_000  # a new partition is found after so long; aiokafka's own 
 _REQUEST_TIMEOUT_MS = 20_000  # a broker that does not answer is given up after it
 _REFUSED_S = (0.5, 5.0)  # between two logins that are refused: at first, at last
 _CLOCK = re.compile(r"clock_ms=(\d+);offset=(\d+);")
-REJECT_BYTES_MAX = 256 << 10  # of a refused record that are kept: with its headers it must fit the broker's 1 MiB
 
 
 def client_options(settings: KafkaSettings) -> dict[str, Any]:
@@ -135,14 +134,21 @@ def clock_metadata(clock: Clock) -> str:
     return f"clock_ms={clock.ms};offset={clock.offset};"
 
 
+async def committed(
+    consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]
+) -> dict[TopicPartition, tuple[int | None, str]]:
+    """Return the committed offset of each partition, None without one, and the metadata committed with it."""
+    # The public `committed` returns the offset alone, and the admin client would be one more connection a partition.
+    found = await consumer._coordinator.fetch_committed_offsets(partitions)
+    there = {at: found[at] for at in partitions if at in found and found[at].offset >= 0}
+    return {at: (there[at].offset, there[at].metadata or "") if at in there else (None, "") for at in partitions}
+
+
 async def committed_offset(consumer: AIOKafkaConsumer, at: TopicPartition) -> tuple[int | None, Clock]:
     """Return the committed offset of a partition, None without one, and the clock that was committed with it."""
-    # The public `committed` returns the offset alone, and the admin client would be one more connection a partition.
-    found = (await consumer._coordinator.fetch_committed_offsets([at])).get(at)
-    if found is None or found.offset < 0:
-        return None, Clock()
-    clock = _CLOCK.fullmatch(found.metadata or "")
-    return found.offset, Clock(int(clock[1]), int(clock[2])) if clock else Clock()
+    offset, metadata = (await committed(consumer, [at]))[at]
+    clock = _CLOCK.fullmatch(metadata)
+    return offset, Clock(int(clock[1]), int(clock[2])) if clock else Clock()
 
 
 def read_up_to(consumer: AIOKafkaConsumer, at: TopicPartition) -> int | None:

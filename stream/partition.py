@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import contextlib
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,28 +24,29 @@ import numpy as np
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicPartition
 from aiokafka.errors import KafkaError, ProducerFenced
 
-from stream import events, records, snapshot, steps
+from stream import records, snapshot, steps
 from stream.columns import BoolArray, Int32Array
 from stream.detector import Detector
 from stream.errors import BrokerError, StoreError
 from stream.events import Event
-from stream.kafka import REJECT_BYTES_MAX, Clock, clock_metadata, committed_offset
+from stream.kafka import Clock, clock_metadata, committed_offset
 from stream.outbox import Outbox, Outgoing, PlainOutbox, TransactionalOutbox, in_vain
+from stream.outputs import event_records, reject_record
 from stream.records import Reject
+from stream.restoring import CLOCK_FIELD, find_beginning
 from stream.results import Result
 from stream.settings import Settings
-from stream.store import PartitionState, Saved, Store
+from stream.store import Saved, Store
+from stream.tasks import ended
+from stream.trouble import Trouble
 
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3  # at what the broker refuses for a reason that trying again does not change
 _AGAIN_S = (0.5, 5.0)  # between two attempts: at first, at last
 _FENCED_S = 1.0  # at least: whoever has shut us out may be the owner, and the group is about to say so
-_SAID_AGAIN_S = 30.0  # between two lines of the log about the same trouble
 NOTHING = -1  # no offset: the store has no state of the partition
 _NO_SLOTS = np.zeros(0, np.int32)
-_EVENT_HEADERS = [("content-type", events.CONTENT_TYPE.encode())]
-CLOCK_FIELD = b"\x00clock_ms"  # of the stored state; a series' name holds no control characters
 
 
 class Overtaken(Exception):
@@ -112,8 +111,8 @@ class Partition:
         self._stopping = False
         self._problem: Overtaken | None = None
         self._on_general = 0
-        self._broker_trouble = Trouble()
-        self._store_trouble = Trouble()
+        self._broker_trouble = Trouble(log)
+        self._store_trouble = Trouble(log)
 
     @property
     def unsettled(self) -> int:
@@ -152,64 +151,18 @@ class Partition:
         ]
 
     async def _restore(self, consumer: AIOKafkaConsumer) -> None:
-        committed, self.clock = self._committed = await committed_offset(consumer, self.at)
-        begin = (await consumer.beginning_offsets([self.at]))[self.at]
-        end = (await consumer.end_offsets([self.at]))[self.at]
-        if committed is not None and committed > end:
-            log.error(
-                "%s: the group had read up to %d and the log ends at %d: it is another one", self.at, committed, end
-            )
-            committed, self.clock = None, Clock()
-        state = await self._load(committed or 0)
-        wanted, known = begin, Clock()
-        if state is not None:
-            known = Clock(_number(state.blobs.pop(CLOCK_FIELD, b"")), state.offset)
-            series = await asyncio.to_thread(self._unpack, self.detector, state.blobs)
-            wanted = self.flushed = state.offset
-            log.info("%s: restored %d series as of offset %d", self.at, series, state.offset)
-        elif committed:
-            log.warning("%s: no state in the store; rebuilding it from offset %d on, muted", self.at, begin)
-        self.muted_until = self.settled = committed or 0
-        self.position = max(wanted, begin)
-        if self.position > wanted:
-            log.warning("%s: the log begins at %d, the state ends at %d: points are missing", self.at, begin, wanted)
+        begun = await find_beginning(consumer, self.at, self.settings, self.store, self._store_trouble)
+        if begun.state is not None:
+            series = await asyncio.to_thread(self._unpack, self.detector, begun.state.blobs)
+            self.flushed = begun.state.offset
+            log.info("%s: restored %d series as of offset %d", self.at, series, begun.state.offset)
+        self._committed = begun.committed
+        self.muted_until = self.settled = begun.settled
+        self.position, self._repeat = begun.position, begun.repeat
+        self.clock = begun.clock if begun.repeat else max(begun.clock, begun.known)
+        self._judged_ms = begun.known.ms if begun.repeat else self.clock.ms
         consumer.seek(self.at, self.position)
-        # A state of a later clock knows it; and one of a later offset does, as it was judged at an earlier one.
-        if known.ms < self.clock.ms and known.offset <= self.clock.offset:
-            self._judged_ms, self._repeat = known.ms, self.clock
-            self._judge_again()
-        else:
-            self.clock = max(self.clock, known)
-            self._judged_ms = self.clock.ms
-
-    async def _load(self, committed: int) -> PartitionState | None:
-        """Return the stored state; None where there is none that is of use: it is rebuilt from the log then."""
-        where = (self.settings.kafka.group, self.at.topic, self.at.partition)
-        limit_s = self.settings.redis.connect_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                state = await self._loaded(*where)
-        except TimeoutError:
-            log.error("%s: the store gave no state within %g s; going on without", self.at, limit_s)
-            return None
-        if state is None or state.offset <= committed:
-            return state
-        log.error(
-            "%s: the state is as of offset %d, the group has read up to %d: dropped", self.at, state.offset, committed
-        )
-        with contextlib.suppress(StoreError):
-            await self.store.drop(*where)
-        return None
-
-    async def _loaded(self, group: str, topic: str, partition: int) -> PartitionState | None:
-        pause_s = _AGAIN_S[0]
-        while True:
-            try:
-                return await self.store.load(group, topic, partition)
-            except StoreError as e:
-                self._store_trouble.say(f"cannot read the state of {self.at}: {e}")
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _AGAIN_S[1])
+        self._judge_again()
 
     def _unpack(self, detector: Detector, blobs: Mapping[bytes, bytes]) -> int:
         """Restore series; return how many."""
@@ -443,16 +396,9 @@ class Partition:
         await self._settled(this)
 
     def _outgoing(self, pending: _Pending) -> list[Outgoing]:
-        kafka, outgoing = self.settings.kafka, list[Outgoing]()
-        for event, further in pending.events:
-            shadow = isinstance(event.data, events.EventData) and event.data.shadow
-            first = kafka.shadow_topic if shadow else kafka.anomalies_topic
-            key, value = event.subject.encode(), events.encode(event)
-            outgoing += [Outgoing(topic, key, value, _EVENT_HEADERS) for topic in dict.fromkeys((first, *further))]
-        for reject, record in pending.rejects:
-            value = (record.value or b"")[:REJECT_BYTES_MAX]
-            outgoing.append(Outgoing(kafka.rejects_topic, record.key, value, _reject_headers(reject, record)))
-        return outgoing
+        kafka = self.settings.kafka
+        said = [one for event, further in pending.events for one in event_records(event, further, kafka)]
+        return said + [reject_record(reject, record, kafka) for reject, record in pending.rejects]
 
     async def _settled(self, this: _Settlement) -> None:
         """Note that a transaction is committed."""
@@ -525,58 +471,5 @@ class Partition:
             steps.reached("flushed")
 
 
-class Trouble:
-    """What goes wrong for the time being: said when it begins, now and then while it lasts, and when it is over."""
-
-    def __init__(self) -> None:
-        self.what = ""
-        self._next_s = 0.0
-
-    def say(self, what: str) -> None:
-        """Note what is wrong now."""
-        now_s = time.monotonic()
-        if not self.what or now_s >= self._next_s:
-            log.error("%s", what)
-            self._next_s = now_s + _SAID_AGAIN_S
-        self.what = what
-
-    def over(self, what: str) -> None:
-        """Note that nothing is wrong any more; say it, if something was."""
-        if self.what:
-            log.warning("%s", what)
-        self.what = ""
-
-
-async def ended(task: asyncio.Task[None]) -> None:
-    """Cancel a task until it has ended: once may not be enough.
-
-    redis-py sends within `asyncio.wait_for`, and that of Python 3.11 forgets a cancellation that comes just as the
-    sending is done: seen as a worker that never stopped.
-    """
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=0.1)
-
-
 def _offset(record: ConsumerRecord) -> int:
     return int(record.offset)
-
-
-def _number(text: bytes) -> int:
-    return int(text) if text.isdigit() else 0
-
-
-def _reject_headers(reject: Reject, record: ConsumerRecord) -> list[tuple[str, bytes]]:
-    """Say why a record was refused and where it stands, so that it can be found, mended and sent again."""
-    headers = {
-        "tocsin-reason": reject.reason,
-        "tocsin-detail": reject.detail[:1000],
-        "tocsin-topic": record.topic,
-        "tocsin-partition": str(record.partition),
-        "tocsin-offset": str(record.offset),
-    }
-    if record.value is not None and len(record.value) > REJECT_BYTES_MAX:
-        headers["tocsin-truncated-from"] = str(len(record.value))
-    if (attempt := dict(record.headers).get("tocsin-attempt")) is not None:  # it was sent in again
-        headers["tocsin-attempt"] = attempt.decode("utf-8", "replace")[:20]
-    return [(name, value.encode("utf-8", "replace")) for name, value in headers.items()]

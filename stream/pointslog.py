@@ -9,7 +9,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, for_code
 
 from stream.errors import BrokerError
-from stream.kafka import client_options, committed_offset, explained
+from stream.kafka import client_options, committed, explained
 from stream.settings import KafkaSettings
 from stream.tail import open_topic
 from stream.topics import ensure_topics
@@ -51,7 +51,8 @@ async def read_log(settings: KafkaSettings) -> Log:
         await consumer.start()
         at = await open_topic(consumer, settings, settings.points_topic)
         begin, end = await consumer.beginning_offsets(at), await consumer.end_offsets(at)
-        parts = {one.partition: LogPart(begin[one], end[one], (await committed_offset(consumer, one))[0]) for one in at}
+        read = await committed(consumer, at)
+        parts = {one.partition: LogPart(begin[one], end[one], read[one][0]) for one in at}
     except (KafkaError, TimeoutError) as e:
         said = explained(e, settings, wish="Read")
         raise BrokerError(f"cannot read {settings.points_topic} at {settings.bootstrap_servers}: {said}") from e

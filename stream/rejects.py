@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import re
-import time
 from collections import Counter
 from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +21,9 @@ from aiokafka.errors import KafkaError, ProducerFenced, TransactionalIdAuthoriza
 
 from stream.embedded import patch_aborted_transactions
 from stream.errors import BrokerError, TocsinError
-from stream.kafka import client_options, explained, user
+from stream.kafka import client_options, committed, explained, user
 from stream.settings import KafkaSettings
-from stream.tail import NoRecords, open_topic, read_tail
+from stream.tail import NoRecords, open_topic, read_between, read_tail
 from stream.topics import ensure_topics
 
 ATTEMPT = "tocsin-attempt"  # of a point that was sent in again, and of its reject
@@ -35,9 +34,7 @@ _ALL = "*"  # a span of all reasons
 _SPAN = re.compile(r"(\d+)-(\d+)")
 _METADATA_MAX = 4_000  # of a committed offset; the broker takes 4,096 bytes
 _TRANSACTION_RECORDS, _TRANSACTION_BYTES = 1_000, 4 << 20
-_POLL_MS = 200
 _FETCH_MS = 50  # what waits for records keeps all else on its connection waiting
-_STALLED_S = 30.0  # without a record
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,13 +308,11 @@ class _Retry:
         self._moved: set[TopicPartition] = set()  # progress that is not committed
 
     async def run(self) -> Retried:
-        end = await self._seek()
-        position, since = dict(self._begin), time.monotonic()
-        while left := [at for at in end if position[at] < end[at]]:
-            batches = await self._consumer.getmany(timeout_ms=_POLL_MS, max_records=_TRANSACTION_RECORDS)
+        end = await self._find()
+        async for batches, _ in read_between(self._consumer, self._begin, end, _TRANSACTION_RECORDS):
             for at, batch in batches.items():
                 for record in batch:
-                    if record.offset >= end[at] or self._full:
+                    if self._full:
                         break
                     self._take(at, record)
                     if sum(len(one.value) for one in self._outgoing) >= _TRANSACTION_BYTES:
@@ -325,41 +320,28 @@ class _Retry:
             await self._commit()
             if self._full:
                 break
-            before = sum(position.values())
-            # The last offsets may hold marks of transactions, and no record that would say so.
-            position |= {at: min(await self._consumer.position(at), end[at]) for at in left}
-            if sum(position.values()) > before:
-                since = time.monotonic()
-            elif time.monotonic() - since > _STALLED_S:
-                raise TocsinError(f"{left[0].topic} gave no record for {_STALLED_S:g} s at offset {position[left[0]]}")
         return self._result
 
     @property
     def _full(self) -> bool:
         return self._wanted.limit is not None and self._result.sent.total() >= self._wanted.limit
 
-    async def _seek(self) -> dict[TopicPartition, int]:
-        """Go to where the last retry ended, or to the time that was asked for; return the ends."""
+    async def _find(self) -> dict[TopicPartition, int]:
+        """Find out where the last retry ended, or the time that was asked for is; return the ends."""
         at = await open_topic(self._consumer, self._settings, self._settings.rejects_topic)
         first = await self._consumer.beginning_offsets(at)
         end: dict[TopicPartition, int] = await self._consumer.end_offsets(at)
-        # The public `committed` returns the offset alone.
-        known = await self._consumer._coordinator.fetch_committed_offsets(at)
+        known = await committed(self._consumer, at)
         since = self._wanted.since_ms
         found = {} if since is None else await self._consumer.offsets_for_times(dict.fromkeys(at, since))
         for one in at:
-            committed = known.get(one)
-            done = Progress()
-            if committed is not None and committed.offset >= 0:
-                done = Progress.parsed(committed.offset, committed.metadata or "")
+            offset, metadata = known[one]
+            done = Progress() if offset is None else Progress.parsed(offset, metadata)
             done.raise_to(first[one])
             self._progress[one], begin = done, done.floor
             if since is not None:
                 begin = max(begin, end[one] if found.get(one) is None else found[one].offset)
             self._begin[one], self._gapless[one] = begin, begin <= done.floor
-        self._consumer.assign([one for one in at if self._begin[one] < end[one]])
-        for one in self._consumer.assignment():
-            self._consumer.seek(one, self._begin[one])
         return end
 
     def _take(self, at: TopicPartition, record: ConsumerRecord) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
@@ -71,11 +71,10 @@ async def read_tail(
     try:
         await consumer.start()
         extent = await _extent(consumer, settings, topic, records, since_ms)
-        begin = {at: offset for at, offset in extent.begin.items() if offset < extent.end[at]}
-        consumer.assign(list(begin))
-        for at, offset in begin.items():
-            consumer.seek(at, offset)
-        await _read(consumer, extent, on_records, on_progress)
+        async for batches, position in read_between(consumer, extent.begin, extent.end):
+            for batch in batches.values():
+                on_records(batch)
+            on_progress(sum(position.values()) - sum(extent.begin.values()), extent.offsets)
         return extent
     except KafkaError as e:
         raise BrokerError(f"cannot read {topic} at {settings.bootstrap_servers}: {explained(e, settings)}") from e
@@ -121,25 +120,37 @@ async def _extent(
     return Extent(len(at), begin, end, left_out)
 
 
-async def _read(
+async def read_between(
     consumer: AIOKafkaConsumer,
-    extent: Extent,
-    on_records: Callable[[Sequence[ConsumerRecord]], None],
-    on_progress: Callable[[int, int], None],
-) -> None:
-    position, moved = dict(extent.begin), time.monotonic()
-    while left := [at for at in extent.end if position[at] < extent.end[at]]:
-        batches = await consumer.getmany(timeout_ms=_POLL_MS)
-        for at, batch in batches.items():
-            on_records([record for record in batch if record.offset < extent.end[at]])
+    begin: Mapping[TopicPartition, int],
+    end: Mapping[TopicPartition, int],
+    records_max: int | None = None,
+) -> AsyncIterator[tuple[dict[TopicPartition, list[ConsumerRecord]], dict[TopicPartition, int]]]:
+    """Read partitions from some offsets to others, and yield what comes, with the offsets that this reaches.
+
+    Args:
+        consumer: without a subscription.
+        begin: the first offset of each partition.
+        end: the one behind the last; what comes later is left.
+        records_max: how many records come at once, at most; None: as many as there are.
+
+    Raises:
+        TocsinError: no record comes any more.
+        KafkaError: the broker refuses.
+    """
+    consumer.assign([at for at in begin if begin[at] < end[at]])
+    for at in consumer.assignment():
+        consumer.seek(at, begin[at])
+    position, moved = dict(begin), time.monotonic()
+    while left := [at for at in end if position[at] < end[at]]:
+        batches = await consumer.getmany(timeout_ms=_POLL_MS, max_records=records_max)
         before = sum(position.values())
         # The last offsets may hold marks of transactions, and no record that would say so.
-        position |= {at: min(await consumer.position(at), extent.end[at]) for at in left}
-        done = [at for at in left if position[at] >= extent.end[at] and at not in consumer.paused()]
-        if done:
+        position |= {at: min(await consumer.position(at), end[at]) for at in left}
+        if done := [at for at in left if position[at] >= end[at]]:
             consumer.pause(*done)
+        yield {at: [one for one in batch if one.offset < end[at]] for at, batch in batches.items()}, dict(position)
         if sum(position.values()) > before:
             moved = time.monotonic()
         elif time.monotonic() - moved > _STALLED_S:
             raise TocsinError(f"{left[0].topic} gave no record for {_STALLED_S:g} s at offset {position[left[0]]}")
-        on_progress(sum(position.values()) - sum(extent.begin.values()), extent.offsets)

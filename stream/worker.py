@@ -15,14 +15,16 @@ from stream.detector import Counts, Detector
 from stream.errors import BrokerError, TocsinError
 from stream.kafka import Rebalance, answered_ms, explained, lag, points_consumer, read_up_to
 from stream.outbox import in_vain
-from stream.partition import Overtaken, Partition, Trouble, ended
+from stream.partition import Overtaken, Partition
 from stream.registry import Registry
 from stream.reload import RulesFile
 from stream.rights import require_rights
 from stream.ruleset import RuleSet
 from stream.settings import Settings
 from stream.store import Store
+from stream.tasks import ended
 from stream.topics import ensure_topics
+from stream.trouble import Behind, Trouble
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,8 @@ class Worker:
             reasons.append(f"{len(self._taking)} partitions are being restored")
         reasons += [partition.trouble for partition in self.partitions.values() if partition.trouble]
         now_ms = time.time() * 1000
-        heard = [answered_ms(self._consumer, at) for at in self.partitions if at not in self._consumer.paused()]
+        reading = self.partitions.keys() - self._consumer.paused()
+        heard = [heard_ms for at in reading if (heard_ms := answered_ms(self._consumer, at))]
         if heard and now_ms - max(heard) > _SILENT_MS:
             reasons.append(f"the broker has not answered for {(now_ms - max(heard)) / 1000:.0f} s")
         return reasons
@@ -189,8 +192,9 @@ class Worker:
             return await asyncio.to_thread(self._detectors, rules)
 
     async def _watch_itself(self) -> None:
-        """Say when points do not become events, why, and when they do again; and when they come too fast."""
+        """Say when points do not become events, why, and when they do again; and while they come too fast."""
         was: list[str] = []
+        behind = Behind()
         while True:
             await asyncio.sleep(_LOOK_S)
             reasons = self.not_ready() if self.assigned.is_set() else []
@@ -200,6 +204,8 @@ class Worker:
                 else:
                     log.warning("ready again")
             was = reasons
+            if said := behind.look(time.monotonic(), self.lag(), self.counts().points):
+                log.info("%s", said)
 
     async def _take_over(self) -> None:
         """Between two batches, give every partition detectors of what is in force; their series keep their state."""
@@ -276,7 +282,7 @@ class Worker:
 
     async def _take(self, at: TopicPartition, pause_s: float = 0.0) -> None:
         """Restore a partition and let its points come, however long the broker is away."""
-        trouble = Trouble()
+        trouble = Trouble(log)
         while True:
             await asyncio.sleep(pause_s)
             made_by = self.make_detector

@@ -30,8 +30,8 @@ from redis.asyncio import Redis
 from stream import snapshot
 from stream.columns import Columns
 from stream.detector import Detector, DetectorConfig, Served
-from stream.partition import CLOCK_FIELD
 from stream.policy import Policy, Rule
+from stream.restoring import CLOCK_FIELD
 from stream.service import make_worker, use_one_thread
 from stream.settings import Settings
 from stream.store import Store

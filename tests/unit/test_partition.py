@@ -12,8 +12,9 @@ from aiokafka import ConsumerRecord, TopicPartition
 
 from stream.detector import Detector
 from stream.kafka import Clock, clock_metadata
-from stream.partition import CLOCK_FIELD, Partition
+from stream.partition import Partition
 from stream.policy import Policy, Rule
+from stream.restoring import CLOCK_FIELD
 from stream.results import DetectorConfig, Served
 from stream.settings import load_settings
 from stream.store import Saved, Store
