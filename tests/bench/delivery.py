@@ -84,7 +84,10 @@ async def restart(broker: KafkaServer, store: StoreServer, kpis: int) -> None:
         del blobs, made
         client = Redis.from_url(store.url)
         began = time.perf_counter()
-        keys = [f"{settings.redis.prefix}:{settings.kafka.group}:{settings.kafka.points_topic}:{p}" for p in range(6)]
+        keys = [
+            f"{settings.redis.prefix}:{settings.kafka.group}:{settings.kafka.points_topic}:{p}"
+            for p in range(PARTITIONS)
+        ]
         read = 0
         for key in keys:
             read += sum(map(len, (await client.hgetall(key)).values()))

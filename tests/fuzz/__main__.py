@@ -1,4 +1,4 @@
-"""Fuzz of the decoders: `python -m tests.fuzz [--seconds N] [--seed S] [point event blob csv checkpoint]`.
+"""Fuzz of the decoders: `python -m tests.fuzz [--seconds N] [--seed S] [point event blob batch csv checkpoint]`.
 
 Each target gets mutated inputs for so many seconds; each input has to be read or refused with a reason, in less than a
 second and within 2 GB of memory. What is not ends the run with exit code 1: the input in hex, the seed and the number

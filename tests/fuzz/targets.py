@@ -12,14 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cramjam
 import msgspec
 import numpy as np
 import torch
+from aiokafka import codec
 
 from models.checkpoint import CONFIG, FILES, Bundle, Source, Training, decode, encode
 from models.deepant import DeepAnT, DeepAnTConfig, Network
 from models.errors import CheckpointError
 from stream import events, records, snapshot
+from stream.batches import CODECS, UNPACKED_BYTES_MAX, BatchError
 from stream.columns import SeriesIndex
 from stream.csvfile import read_table
 from stream.detector import Detector, Served
@@ -193,6 +196,28 @@ def blob() -> Target:
     return Target("blob", corpus, read, (b"TK\x02S", b"TK\x01S", b"\x00shadow", b"\xdd\xff\xff\xff\xff"), repair)
 
 
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+def batch() -> Target:
+    """Return what unpacks batches; the first byte of an input says by which codec."""
+    plain = [b"", b"abc", bytes(200_000), b"".join(b'{"kpi":"a","timestamp":%d,"value":1}' % t for t in range(500))]
+    packers = (gzip.compress, codec.snappy_encode, cramjam.snappy.compress_raw, codec.lz4_encode, codec.zstd_encode)
+    names = ("gzip", "snappy", "snappy", "lz4", "zstd")
+    corpus = tuple(bytes([i]) + bytes(pack(one)) for i, pack in enumerate(packers) for one in plain)
+
+    def read(data: bytes) -> str:
+        try:
+            content = CODECS[names[data[0] % len(names) if data else 0]](data[1:])
+        except BatchError as e:
+            assert str(e)
+            return "too_large" if "more than" in str(e) else "damaged"
+        assert len(content) <= UNPACKED_BYTES_MAX
+        return ""
+
+    return Target("batch", corpus, read, (b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"\xff\xff\xff\x7f", b"\0\0\0\0"))
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +300,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "point": point,
     "event": event,
     "blob": blob,
+    "batch": batch,
     "csv": csv,
     "checkpoint": checkpoint,
 }
