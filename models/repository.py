@@ -163,6 +163,22 @@ def resolve(roots: Path | Sequence[Path], ref: str) -> Path:
     raise CheckpointError(f"no checkpoint {ref!r} in {', '.join(map(str, searched))}; {what}")
 
 
+def is_absent(roots: Path | Sequence[Path], ref: str) -> bool:
+    """Say whether there is nothing of that name and version or label, as against something that cannot be read."""
+    try:
+        name, behind = parse_ref(ref)
+    except CheckpointError:  # no reference at all
+        return True
+    try:
+        found = {version for root in _roots(roots) for version in versions(root, name)}
+        labelled = {label for root in _roots(roots) for label in labels(root, name)}
+    except CheckpointError:
+        return False
+    if isinstance(behind, str):
+        return behind not in labelled
+    return behind not in found if behind is not None else not found
+
+
 def load(roots: Path | Sequence[Path], ref: str) -> Checkpoint:
     """Read the model that a reference means now, and check every part of it.
 
