@@ -33,10 +33,10 @@ from stream.kafka import Clock, clock_metadata, committed_offset
 from stream.outbox import Outbox, Outgoing, PlainOutbox, TransactionalOutbox, in_vain
 from stream.outputs import event_records, reject_record
 from stream.records import Reject
-from stream.restoring import CLOCK_FIELD, find_beginning
+from stream.restoring import find_beginning
 from stream.results import Result
 from stream.settings import Settings
-from stream.store import Saved, Store
+from stream.store import CLOCK_FIELD, Saved, Store
 from stream.tasks import ended
 from stream.trouble import Trouble
 
@@ -90,6 +90,7 @@ class Partition:
         self.muted_until = 0  # what came of records before this offset is already published
         self.settled = 0  # the committed offset
         self.flushed = NOTHING  # the offset that the store's state belongs to
+        self._flushed_ms = 0  # and its clock
         self.clock = Clock()  # up to which silence has been judged, and where in the log
         self.published = 0
         self.rejected = 0
@@ -154,7 +155,7 @@ class Partition:
         begun = await find_beginning(consumer, self.at, self.settings, self.store, self._store_trouble)
         if begun.state is not None:
             series = await asyncio.to_thread(self._unpack, self.detector, begun.state.blobs)
-            self.flushed = begun.state.offset
+            self.flushed, self._flushed_ms = begun.state.offset, begun.known.ms
             log.info("%s: restored %d series as of offset %d", self.at, series, begun.state.offset)
         self._committed = begun.committed
         self.muted_until = self.settled = begun.settled
@@ -434,7 +435,8 @@ class Partition:
             changed = np.arange(names) if whole else np.flatnonzero(self._dirty[:names])
             slots = changed.astype(np.int32)
             blobs = await asyncio.to_thread(snapshot.pack, detector, slots)
-            blobs[CLOCK_FIELD] = b"%d" % self._judged_ms
+            clock_ms = self._judged_ms
+            blobs[CLOCK_FIELD] = b"%d" % clock_ms
             self._dirty[:] = False
             gone, self._gone = self._gone, set()
         try:
@@ -449,6 +451,7 @@ class Partition:
                 blobs,
                 deleted=gone - blobs.keys(),  # some are back
                 base=None if whole else self.flushed,
+                base_clock=self._flushed_ms,
                 whole=whole,
             )
         except BaseException:
@@ -467,7 +470,7 @@ class Partition:
             self.flushed = NOTHING
             await self._flush()
         else:
-            self.flushed = offset
+            self.flushed, self._flushed_ms = offset, clock_ms
             steps.reached("flushed")
 
 

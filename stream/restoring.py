@@ -12,12 +12,11 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from stream.errors import StoreError
 from stream.kafka import Clock, committed_offset
 from stream.settings import Settings
-from stream.store import PartitionState, Store
+from stream.store import CLOCK_FIELD, PartitionState, Store
 from stream.trouble import Trouble
 
 log = logging.getLogger(__name__)
 
-CLOCK_FIELD = b"\x00clock_ms"  # of the stored state; a series' name holds no control characters
 _AGAIN_S = (0.5, 5.0)  # between two attempts to read the state: at first, at last
 
 

@@ -33,6 +33,7 @@ from stream.security import REDIS, redis_options
 from stream.settings import RedisSettings
 
 OFFSET_FIELD = b"\x00offset"  # a series' name holds no control characters
+CLOCK_FIELD = b"\x00clock_ms"  # up to when silence has been judged: two states of one offset differ by it
 
 _SETTING = "TOCSIN_REDIS__URL"
 _SOCKET_TIMEOUT_S = 30.0  # redis-py's 5 s is less than a slow link needs for a chunk and a save behind it
@@ -235,6 +236,7 @@ class Store:
         *,
         deleted: Collection[bytes] = (),
         base: int | None = None,
+        base_clock: int = 0,
         whole: bool = False,
         back: bool = False,
     ) -> Saved:
@@ -251,6 +253,8 @@ class Store:
             blobs: series -> its state.
             deleted: series to forget.
             base: offset of the stored state that this is a change of, the last one saved or loaded; None: not checked.
+            base_clock: the clock of that state, ms since 1970: a replica that has taken the store's place may have one
+                of the same offset that lacks what came of a later clock.
             whole: `blobs` is all there is: whatever is stored is replaced.
             back: even if it is a later state. For people only, who put an old one back: a worker must not.
 
@@ -270,8 +274,8 @@ class Store:
                     # An evicted worker must not overwrite its successor: the watched key makes the check and the write
                     # one step. A script would do too, at the price of copying all blobs through Lua.
                     await call("WATCH", key)
-                    stored = _parsed(await call("HGET", key, OFFSET_FIELD))
-                    refused = _refused(stored, offset, None if whole else base)
+                    stored, clock = map(_parsed, await call("HMGET", key, OFFSET_FIELD, CLOCK_FIELD))
+                    refused = _refused(stored, offset, None if whole else base, (clock or 0) < base_clock)
                     if refused is not None and not (back and refused is Saved.OUTDATED):
                         await call("UNWATCH")
                         return refused
@@ -418,11 +422,11 @@ def _parsed(offset: bytes | None) -> int | None:
         return None
 
 
-def _refused(stored: int | None, offset: int, base: int | None) -> Saved | None:
+def _refused(stored: int | None, offset: int, base: int | None, earlier: bool) -> Saved | None:
     """Return why a state may not be written over the stored one, or None if it may."""
     if stored is not None and stored > offset:
         return Saved.OUTDATED
-    if base is not None and (stored is None or stored < base):
+    if base is not None and (stored is None or stored < base or (stored == base and earlier)):
         return Saved.LOST
     return None
 

@@ -31,10 +31,9 @@ from stream import snapshot
 from stream.columns import Columns
 from stream.detector import Detector, DetectorConfig, Served
 from stream.policy import Policy, Rule
-from stream.restoring import CLOCK_FIELD
 from stream.service import make_worker, use_one_thread
 from stream.settings import Settings
-from stream.store import Store
+from stream.store import CLOCK_FIELD, Store
 from stream.topics import ensure_topics
 from stream.verify import partition_of
 from tests.bench.load import Load
@@ -84,10 +83,7 @@ async def restart(broker: KafkaServer, store: StoreServer, kpis: int) -> None:
         del blobs, made
         client = Redis.from_url(store.url)
         began = time.perf_counter()
-        keys = [
-            f"{settings.redis.prefix}:{settings.kafka.group}:{settings.kafka.points_topic}:{p}"
-            for p in range(PARTITIONS)
-        ]
+        keys = [f"{settings.redis.prefix}:{settings.kafka.group}:{settings.kafka.points_topic}:{p}" for p in range(6)]
         read = 0
         for key in keys:
             read += sum(map(len, (await client.hgetall(key)).values()))

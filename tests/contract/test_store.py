@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from stream.errors import ConfigError, StoreError
-from stream.store import OFFSET_FIELD, PartitionState, Saved, Store, redacted
+from stream.store import CLOCK_FIELD, OFFSET_FIELD, PartitionState, Saved, Store, redacted
 from tests.servers import StoreServer
 
 AT = ("group", "topic", 3)
@@ -147,6 +147,18 @@ async def test_changes_do_not_go_on_top_of_an_older_state(store: Store) -> None:
     await store.save(*AT, 5, {name(1): b"old", name(2): b"old"})  # as a failover to a replica that lags leaves it
     assert await store.save(*AT, 20, {name(2): b"new"}, base=10) is Saved.LOST
     assert await store.load(*AT) == PartitionState(5, {name(1): b"old", name(2): b"old"})
+
+
+async def test_nor_on_top_of_one_of_the_same_offset_that_lacks_what_the_clock_has_told(store: Store) -> None:
+    def state(clock_ms: int, **blobs: bytes) -> dict[bytes, bytes]:
+        return {CLOCK_FIELD: b"%d" % clock_ms} | {series.encode(): blob for series, blob in blobs.items()}
+
+    await store.save(*AT, 10, state(500, a=b"heard"))
+    assert await store.save(*AT, 11, state(700), base=10, base_clock=600) is Saved.LOST
+    assert await store.save(*AT, 10, state(600, a=b"silent"), base=10, base_clock=500)
+    assert await store.save(*AT, 10, state(650), base=10, base_clock=500), "its answer was lost"
+    assert await store.save(*AT, 11, state(700), base=10, base_clock=650)
+    assert await store.load(*AT) == PartitionState(11, state(700, a=b"silent"))
 
 
 async def test_a_save_may_be_repeated_and_widened(store: Store) -> None:

@@ -5,22 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import pytest
+from aiokafka import TopicPartition
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from stream import snapshot
+from stream import worker as worker_module
 from stream.csvfile import Points
 from stream.embedded import LOOPBACK, free_port
+from stream.partition import Partition
 from stream.replay import replay
 from stream.settings import Settings
-from stream.store import OFFSET_FIELD
+from stream.store import CLOCK_FIELD, OFFSET_FIELD, Store
 from stream.verify import partition_of
 from tests.faults.proxy import Proxy
-from tests.live import backtested, digest, published, sample_points, settings_for, until, until_committed, working
+from tests.live import backtested, digest, published, sample_points, send, settings_for, until, until_committed, working
 from tests.servers import StoreServer
 
 POINTS = sample_points(days=3)
@@ -71,13 +77,13 @@ class Bench:
 async def bench(embedded_broker: str, unique: str, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Bench]:
     caplog.set_level("WARNING")
     async with StoreServer(durable=True) as store, Proxy(store.port) as proxy:
-        redis = Redis(port=store.port)
         more = {"TOCSIN_REDIS__FLUSH_INTERVAL_S": "0.1"}
         settings = settings_for(embedded_broker, f"redis://{LOOPBACK}:{proxy.port}/0", unique, **more)
+        one = Bench(store, proxy, Redis(port=store.port), settings)
         try:
-            yield Bench(store, proxy, redis, settings)
+            yield one
         finally:
-            await redis.aclose()
+            await one.redis.aclose()
 
 
 @cache
@@ -264,3 +270,141 @@ async def _started_once_asked_for(bench: Bench) -> None:
         await tried.wait()
     await bench.store.start()
     bench.proxy.target_port = target
+
+
+# -- failing over ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def replica_of(bench: Bench) -> AsyncIterator[Replica]:
+    """Run a replica of the bench's store."""
+    async with StoreServer() as server:
+        replica = Replica(server, Redis(port=server.port))
+        try:
+            await replica.follow(bench)
+            yield replica
+        finally:
+            await replica.redis.aclose()
+
+
+@dataclass
+class Replica:
+    """A second store that follows the first one until it stands in for it."""
+
+    server: StoreServer
+    redis: Redis
+
+    async def follow(self, bench: Bench) -> None:
+        await bench.redis.config_set("repl-diskless-sync-delay", 0)  # else it waits 5 s for further replicas
+        await self.redis.replicaof(LOOPBACK, str(bench.store.port))
+        await self.until_even(bench)
+
+    async def until_even(self, bench: Bench) -> None:
+        """Wait until it has all that the first store has."""
+
+        async def even() -> bool:
+            here, there = await self.redis.info("replication"), await bench.redis.info("replication")
+            same = here.get("slave_repl_offset") == there["master_repl_offset"]
+            return bool(same and here.get("master_link_status") == "up")
+
+        await until(even, "the replica has everything")
+
+    async def fall_behind(self, bench: Bench) -> None:
+        """Get nothing more from now on, as over a link that is down."""
+        await self.until_even(bench)
+        await self.redis.replicaof(LOOPBACK, str(free_port()))
+
+    async def take_over(self, bench: Bench) -> None:
+        """Stand in for the first store, which is killed: its address leads here."""
+        await asyncio.to_thread(bench.store.kill)
+        await self.redis.replicaof("NO", "ONE")
+        bench.proxy.target_port = self.server.port
+        await bench.redis.aclose()
+        bench.redis = Redis(port=self.server.port)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+async def test_failed_over_to_a_replica(bench: Bench, caplog: pytest.LogCaptureFixture, behind: bool) -> None:
+    """Its state may be older than the last one that was written: what is missing of it is written again."""
+    async with replica_of(bench) as replica, working(bench.settings) as worker:
+        await bench.until_stored(await through(bench, 0))
+        if behind:
+            await replica.fall_behind(bench)
+        await bench.until_stored(await through(bench, 1))
+        if not behind:
+            await replica.until_even(bench)
+        await replica.take_over(bench)
+        await bench.until_stored(await through(bench, 2))
+        assert worker.counts().points == len(POINTS), "nothing was gone through twice: memory has it all"
+        assert (LOST in caplog.text) == behind
+        for at, partition in worker.partitions.items():
+            assert await stored(bench, at) == in_memory(partition), "the replica has a state without holes"
+    assert digest(await published(bench.settings.kafka)) == expected()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+async def test_failed_over_to_a_replica_between_two_workers(bench: Bench, behind: bool) -> None:
+    async with replica_of(bench) as replica:
+        async with working(bench.settings):
+            first = await through(bench, 0)
+            await bench.until_stored(first)
+            if behind:
+                await replica.fall_behind(bench)
+            second = await through(bench, 1)
+            await bench.until_stored(second)
+        if not behind:
+            await replica.until_even(bench)
+        await replica.take_over(bench)
+        async with working(bench.settings) as worker:
+            await bench.until_stored(await through(bench, 2))
+            assert worker.counts().points == len(POINTS) - (first if behind else second)
+    assert digest(await published(bench.settings.kafka)) == expected()
+
+
+async def test_a_silence_told_before_a_failover_is_told_once(
+    bench: Bench, embedded_broker: str, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changed a state without a record: the replica that lacks it has the same offset as the store that had it."""
+    monkeypatch.setattr(worker_module, "_UNDER_WAY_MS", 0)
+    rules = {"TOCSIN_INTERVAL_S": "60", "TOCSIN_SILENT_AFTER": "5", "TOCSIN_REDIS__FLUSH_INTERVAL_S": "0.1"}
+    url = bench.settings.redis.url.get_secret_value()
+    bench.settings = settings_for(embedded_broker, url, unique, **rules, TOCSIN_KAFKA__PARTITIONS="1")
+    kafka = bench.settings.kafka
+    async with replica_of(bench) as replica:
+        async with working(bench.settings) as first:
+            ((at, partition),) = first.partitions.items()
+            now_ms = int(time.time() * 1000)
+            await send(kafka, [("a", now_ms, 1.0)], arrived_ms=now_ms - 295_000)
+            await bench.until_stored(1)
+            await replica.fall_behind(bench)
+            assert not await published(kafka), "it began too slowly to prove anything"
+            await until(lambda: bool(partition.detector.silence.silent.any()), "it is silent")
+            await until(lambda: _stored_is(bench, at, in_memory(partition)), "this is stored")
+            await replica.take_over(bench)
+            await send(kafka, [("b", now_ms, 1.0)])
+            await bench.until_stored(2)
+            assert await stored(bench, at) == in_memory(partition), "the replica has a state without holes"
+        (told,) = await published(kafka)
+        async with working(bench.settings) as second:
+            (partition,) = second.partitions.values()
+            stopped_ms = partition.clock.ms
+            await until(lambda: partition.clock.ms > stopped_ms, "it is judged again")
+    assert await published(kafka) == [told]
+
+
+async def stored(bench: Bench, at: TopicPartition) -> dict[bytes, bytes]:
+    """Return the state of a partition in the store."""
+    async with Store.of(bench.settings.redis) as store:
+        state = await store.load(bench.settings.kafka.group, at.topic, at.partition)
+    assert state is not None
+    return {name: blob for name, blob in state.blobs.items() if name != CLOCK_FIELD}
+
+
+async def _stored_is(bench: Bench, at: TopicPartition, blobs: dict[bytes, bytes]) -> bool:
+    return await stored(bench, at) == blobs
+
+
+def in_memory(partition: Partition) -> dict[bytes, bytes]:
+    """Return the state of a partition in a worker."""
+    names = len(partition.detector.index.names)
+    return snapshot.pack(partition.detector, np.arange(names, dtype=np.int32))

@@ -7,8 +7,8 @@ from aiokafka import AIOKafkaProducer
 
 from stream.batches import UNPACKED_BYTES_MAX
 from stream.kafka import client_options
-from stream.restoring import CLOCK_FIELD
 from stream.settings import KafkaSettings, Settings
+from stream.store import CLOCK_FIELD
 from tests.live import START_MS, read_all, send, settings_for, until, until_committed, working
 
 HOUR_MS = 3_600_000

@@ -14,10 +14,9 @@ from stream.detector import Detector
 from stream.kafka import Clock, clock_metadata
 from stream.partition import Partition
 from stream.policy import Policy, Rule
-from stream.restoring import CLOCK_FIELD
 from stream.results import DetectorConfig, Served
 from stream.settings import load_settings
-from stream.store import Saved, Store
+from stream.store import CLOCK_FIELD, Saved, Store
 from tests.helpers import MINUTE, Persistence
 from tests.live import until
 
