@@ -127,7 +127,7 @@ class Registry:
         asked = ref or self.default
         try:
             if isinstance(version, str):
-                raise ConfigError(version) if self._is_absent(asked) else CheckpointError(version)
+                raise ConfigError(version) if repository.is_absent(self.roots, asked) else CheckpointError(version)
             loaded = _Loaded(served(repository.read(version[0]), self.pot), version)
         except (ConfigError, CheckpointError) as e:
             if strict or (not ref and known is None and isinstance(e, ConfigError)):
@@ -137,21 +137,6 @@ class Registry:
             return instead
         self._in_use[ref] = loaded
         return loaded.served
-
-    def _is_absent(self, ref: str) -> bool:
-        """Say whether there is nothing of that name and version, as against something that cannot be read."""
-        try:
-            name, behind = repository.parse_ref(ref)
-        except CheckpointError:  # no reference at all
-            return True
-        try:
-            found = [version for root in self.roots for version in repository.versions(root, name)]
-            labels = repository.labels(self.roots, name)
-        except CheckpointError:
-            return False
-        if isinstance(behind, str):
-            return behind not in labels
-        return behind not in found if behind is not None else not found
 
 
 def served(checkpoint: Checkpoint, pot: PotConfig) -> Served:

@@ -126,18 +126,9 @@ def load_checkpoint(settings: Settings, ref: str | None = None) -> Checkpoint:
     try:
         return repository.load(where, ref)
     except CheckpointError as e:
-        if _is_there(where, ref):
-            raise
-        raise ConfigError(str(e)) from None
-
-
-def _is_there(where: list[Path], ref: str) -> bool:
-    try:
-        name, version = repository.parse_ref(ref)
-        found = [version for root in where for version in repository.versions(root, name)]
-    except CheckpointError:
-        return False
-    return version in found if version is not None else bool(found)
+        if repository.is_absent(where, ref):
+            raise ConfigError(str(e)) from None
+        raise
 
 
 def load_rules(settings: Settings) -> RuleSet:
