@@ -179,7 +179,7 @@ def _columns_one_by_one(
             if ahead_ms := int(arrivals.ahead(np.int64(timestamp), row)):
                 limit = f"the limit is {arrivals.limit_ms / 1000:g} s"
                 raise _Refusal(
-                    "in_the_future", f"the timestamp lies {ahead_ms / 1000:g} s ahead of its arrival, {limit}"
+                    "in_the_future", f"the timestamp lies {ahead_ms / 1000:,.12g} s ahead of its arrival, {limit}"
                 )
             # An entity is taken whole or not at all.
             taken = _kpi(point, index) if point.kpi is not None or point.entity is None else _entity(point, index)
