@@ -94,7 +94,7 @@ class Worker:
             reasons.append(f"{len(self._taking)} partitions are being restored")
         reasons += [partition.trouble for partition in self.partitions.values() if partition.trouble]
         now_ms = time.time() * 1000
-        reading = self.partitions.keys() - self._consumer.paused()
+        reading = self.partitions.keys() - self._consumer.paused() if self.partitions else set()  # none before `run`
         heard = [heard_ms for at in reading if (heard_ms := answered_ms(self._consumer, at))]
         if heard and now_ms - max(heard) > _SILENT_MS:
             reasons.append(f"the broker has not answered for {(now_ms - max(heard)) / 1000:.0f} s")
