@@ -628,9 +628,8 @@ class Group:
                 self.fills.setdefault(int(slot[i]), []).append(fill)
         if revise.any():
             wave = wave.take(revise)
-            position = wave.cell % self.window
             # float32 as the window holds it: a producer that repeats itself proves nothing wrong.
-            same = (self.windows.actual[wave.slot, position] == self._relative(wave)).all(axis=1)
+            same = (self.windows.actual_at(wave.slot, wave.cell) == self._relative(wave)).all(axis=1)
             if not same.all():
                 self._revise(wave.take(~same), result)
 

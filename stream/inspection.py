@@ -16,6 +16,7 @@ from stream.events import SEVERITIES, iso_time
 from stream.incidents import State
 from stream.placing import NO_PHASE
 from stream.snapshot import SHADOW, opened_blob, record_dtype
+from stream.withheld import unpacked
 
 _LATEST_MS = 253_402_300_799_999  # the end of the year 9999
 
@@ -81,7 +82,7 @@ def inspected(field: bytes, blob: bytes, pot: PotConfig) -> SeriesState:
     header, body = opened_blob(field, blob, spot.dtype)
     window, features = int(header["window"]), int(header["features"])
     # A window that no record of these bytes can have would make a layout of gigabytes.
-    least = 8 * window * features
+    least = 4 * window * features
     layout = record_dtype(window, features, spot.dtype) if window and features and least <= len(body) else None
     if layout is None or len(body) < layout.itemsize:
         raise StateError(
@@ -89,7 +90,7 @@ def inspected(field: bytes, blob: bytes, pot: PotConfig) -> SeriesState:
             "the threshold's ring was changed"
         )
     row = np.frombuffer(body, layout, 1)[0]
-    learned = np.unpackbits(row["learned"], count=window * features)
+    learned = unpacked(row["learned_bits"], window)
     known = int(row["interval_ms"]) > 0 and int(row["phase_ms"]) != NO_PHASE
     filled = int(row["filled"])
     return SeriesState(

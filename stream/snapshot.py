@@ -2,17 +2,17 @@
 
 A blob is a header (magic, version, shape of the window, length, model, crc32 of its name and of all else) and a body:
 one packed little-endian record of fixed length, so that thousands are packed by columns at once, and behind it, in
-MessagePack, what only some series have: points that are held, cells that are open, what late points may still prove
-wrong. A series that is judged by a second model, in the shadow of the first, has a second blob. No blob can execute
-anything; a damaged one, or one of an unknown version, is refused by the name of its series. One of an earlier version
-is brought forward (`versions`).
+MessagePack, what only some series have: points that are held, cells that are open, values that are withheld, what late
+points may still prove wrong. A series that is judged by a second model, in the shadow of the first, has a second blob.
+No blob can execute anything; a damaged one, or one of an unknown version, is refused by the name of its series. One of
+an earlier version is brought forward (`versions`).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from models.pot import PotConfig, Spot
 from stream import events, versions
-from stream.columns import AnyArray, BoolArray, Columns, Int32Array, Int64Array, name_problem
+from stream.columns import AnyArray, BoolArray, Columns, Float32Array, Int32Array, Int64Array, name_problem
 from stream.detector import Detector
 from stream.errors import StateError
 from stream.group import NEVER, Group
@@ -30,10 +30,11 @@ from stream.incidents import Incidents
 from stream.places import Places
 from stream.placing import NO_PHASE, Placing
 from stream.revision import Statement
-from stream.sound import sound, sound_cells, sound_points
+from stream.sound import sound, sound_cells, sound_points, sound_withheld
 from stream.waiting import NONE as NOT_CLOSED
+from stream.withheld import from_bytes, to_bytes, unpacked
 
-VERSION = 2  # of the layout below; another one needs a step in `versions`
+VERSION = 3  # of the layout below; another one needs a step in `versions`
 _HEADER = np.dtype(
     [
         ("magic", "S2"),
@@ -46,9 +47,8 @@ _HEADER = np.dtype(
         ("crc32", "<u4"),
     ]
 )
-_WINDOW_FIELDS = ("newest", "filled", "origin", "seen", "actual", "step_mean", "steps")
+_WINDOW_FIELDS = ("newest", "filled", "origin", "seen", "learned_bits", "step_mean", "steps")
 _WINDOW_MAX = 65_536
-_RING_FIELDS = ("seen", "actual")
 SHADOW = b"\x00shadow"  # ends the name of a second blob; that of a series holds no control characters
 _SILENCE_FIELDS = (("heard_ms", "last_ms"), ("arrived_ms", "arrived_ms"), ("silent", "silent"))
 
@@ -66,6 +66,7 @@ class _Revisable(msgspec.Struct, array_like=True, frozen=True):
     stamp: bytes
     published: list[tuple[int, str, str, bytes, bool, int]]
     fills: list[tuple[int, int, float]]
+    withheld: tuple[bytes, bytes]  # of the copies
 
 
 class _Tail(msgspec.Struct, array_like=True, frozen=True):
@@ -74,6 +75,7 @@ class _Tail(msgspec.Struct, array_like=True, frozen=True):
     held: list[_Point]
     open: list[_Point]
     revisable: _Revisable | None
+    withheld: bytes  # none of a series that nothing is withheld of
 
 
 _encode_tail = msgspec.msgpack.Encoder().encode
@@ -108,10 +110,9 @@ def record_dtype(w: int, f: int, threshold: np.dtype[Any]) -> np.dtype[np.void]:
             ("filled", "<u2" if w < 2**16 else "<u4"),
             ("origin", "<f8", (f,)),
             ("seen", "<f4", (w, f)),
-            ("actual", "<f4", (w, f)),
+            ("learned_bits", "u1", (f, (w + 7) // 8)),
             ("step_mean", "<f8", (f,)),
             ("steps", "<u2", (f,)),
-            ("learned", "u1", ((w * f + 7) // 8,)),
             *((name, getattr(_INCIDENTS, name).dtype.newbyteorder("<")) for name in Incidents.ARRAYS),
             ("threshold", threshold),
         ]
@@ -179,7 +180,6 @@ def _records(group: Group, at: Int32Array) -> AnyArray:
     ):
         for name in fields:
             rows[name] = getattr(part, name)[at]
-    rows["learned"] = np.packbits(group.windows.learned[at].reshape(len(at), -1), axis=1)
     rows["threshold"] = group.threshold.pack(at)
     return rows
 
@@ -193,20 +193,28 @@ def _tails(group: Group, at: Int32Array) -> dict[int, bytes]:
     wait = at[group.placing.waiting[at]]
     waiting = wait[(group.waiting.cell[wait] != NOT_CLOSED).any(axis=1)]
     corrects = at[group.corrects[at]]
+    withheld = _withheld(group, np.concatenate([at, corrects + 1, corrects + 2]))
     tails = {}
-    for slot in {*held, *waiting.tolist(), *corrects.tolist()}:
+    for slot in {*held, *waiting.tolist(), *corrects.tolist(), *withheld.keys() & set(at.tolist())}:
         open_points = group.waiting.open_points(slot) if group.placing.waiting[slot] else Columns.empty()
         opened = [(t, v, f) for _, t, v, f in zip(*(a.tolist() for a in _triple(open_points)), strict=True)]
-        revisable = _revisable(group, slot) if group.corrects[slot] else None
-        tails[slot] = _encode_tail(_Tail(held.get(slot, []), opened, revisable))
+        revisable = _revisable(group, slot, withheld) if group.corrects[slot] else None
+        tails[slot] = _encode_tail(_Tail(held.get(slot, []), opened, revisable, withheld.get(slot, b"")))
     return tails
+
+
+def _withheld(group: Group, at: Int32Array) -> dict[int, bytes]:
+    """Return what is withheld of those of these rows that have any, by row."""
+    withheld = group.windows.withheld
+    some = at[withheld.row[at] > 0]
+    return dict(zip(some.tolist(), to_bytes(withheld.rings(some)), strict=True))
 
 
 def _triple(points: Columns) -> tuple[AnyArray, ...]:
     return points.slot, points.timestamp_ms, points.value, points.feature
 
 
-def _revisable(group: Group, slot: int) -> _Revisable:
+def _revisable(group: Group, slot: int, withheld: Mapping[int, bytes]) -> _Revisable:
     copies = _records(group, np.array([slot + 1, slot + 2], np.int32))
     published = [
         (one.cell, one.plain, one.published, events.encode(one.event), one.live, one.versions)
@@ -220,6 +228,7 @@ def _revisable(group: Group, slot: int) -> _Revisable:
         group.stamp[slot].astype("<i8").tobytes(),
         published,
         group.fills.get(slot, []),
+        (withheld.get(slot + 1, b""), withheld.get(slot + 2, b"")),
     )
 
 
@@ -350,7 +359,7 @@ def _cut(name: str, slot: int, group: Group, header: AnyArray, body: bytes) -> _
     if len(body) > size:
         try:
             tail = _decode_tail(body[size:])
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             raise StateError(
                 f"state of {name!r}: {len(body) - size} bytes too many for a window of {header['window']}; "
                 "the threshold's ring was changed"
@@ -385,6 +394,7 @@ def _sound_tail(group: Group, tail: _Tail, row: AnyArray) -> bool:
         len(stamp) == window
         and sound_points(zip(stamp.tolist(), np.nan_to_num(raw[:window]).tolist(), (0,) * window, strict=True), 1)
         and bool(sound(copies, window).all())
+        and bool(_rings(copies, past.withheld, window)[2].all())
         and sound_cells(cells, row[0])
         and sound_points(((0, value, 0) for *_, value in past.fills), 1)
     )
@@ -395,7 +405,10 @@ def _restore(detector: Detector, places: Places, group: Group, window: int, blob
     slots = np.array([one.slot for one in blobs], np.int32)
     at = places.row_of[slots].astype(np.int32)
     rows = np.frombuffer(b"".join(one.record for one in blobs), row_dtype(group, window))
-    good = sound(rows, window)
+    which, rings, fits = _rings(rows, [b"" if one.tail is None else one.tail.withheld for one in blobs], window)
+    good = sound(rows, window) & fits
+    which, rings = which[good[which]], rings[good[which]]
+    withheld_at, rings = at[which], _newest_of(rings, rows["newest"][which], group.window, np.nan)
     refused = [_unsound(one.name) for one, fine in zip(blobs, good.tolist(), strict=True) if not fine]
     blobs = [one for one, fine in zip(blobs, good.tolist(), strict=True) if fine]
     slots, at, rows = slots[good], at[good], rows[good]
@@ -406,6 +419,7 @@ def _restore(detector: Detector, places: Places, group: Group, window: int, blob
     for name in Placing.ARRAYS:
         getattr(group.placing, name)[at] = rows[name]
     refused += _put(group, at, _fitted(group, rows, window), same, [one.name for one in blobs])
+    group.windows.withheld.restore(withheld_at, rings)
     group.first_score_ms[at[~same]] = NEVER
 
     regrid = _set_grids(group, at, detector.table.interval_ms[detector.rule_of[slots]])
@@ -424,7 +438,7 @@ def _set_grids(group: Group, at: Int32Array, asked: Int64Array) -> BoolArray:
     placing, windows = group.placing, group.windows
     regrid: BoolArray = (asked > 0) & (asked != placing.interval_ms[at])
     placing.phase_ms[at[regrid]] = NO_PHASE
-    windows.filled[at[regrid]] = 0
+    windows.empty(at[regrid])
     windows.forget_steps(at[regrid])
     # Without a phase an interval was that of a rule. With one, only immediate series that infer it probe again.
     unknown = placing.phase_ms[at] == NO_PHASE
@@ -449,10 +463,16 @@ def _put(group: Group, at: Int32Array, rows: AnyArray, same_model: BoolArray, na
     for part, fields in ((group.windows, _WINDOW_FIELDS), (group.incidents, Incidents.ARRAYS)):
         for name in fields:
             getattr(part, name)[at] = rows[name]
-    cells = group.window * group.features
-    learned = np.unpackbits(rows["learned"], axis=1, count=cells).astype(np.bool_)
-    group.windows.learned[at] = learned.reshape(-1, group.window, group.features)
     return refused
+
+
+def _rings(rows: AnyArray, parts: Sequence[bytes], window: int) -> tuple[Int64Array, Float32Array, BoolArray]:
+    """Return which records have something withheld, (M,), that, (M, W, F), and which can be sound with it, (K,)."""
+    some = np.flatnonzero(np.array([bool(part) for part in parts], np.bool_))
+    rings, fits = from_bytes([parts[i] for i in some.tolist()], window, rows.dtype["seen"].shape[1])
+    good = np.ones(len(rows), np.bool_)
+    good[some] = fits & sound_withheld(rows[some], rings, window)
+    return some, rings, good
 
 
 def _fitted(group: Group, rows: AnyArray, window: int) -> AnyArray:
@@ -461,19 +481,25 @@ def _fitted(group: Group, rows: AnyArray, window: int) -> AnyArray:
         return rows
     fitted = np.zeros(len(rows), row_dtype(group))
     for name in rows.dtype.names or ():
-        if name not in (*_RING_FIELDS, "learned"):
+        if name not in ("seen", "learned_bits"):
             fitted[name] = rows[name]
-    count = min(window, group.window)
-    fitted["filled"] = np.minimum(rows["filled"], count)
-    cell = rows["newest"][:, None] - np.arange(count)  # (K, count)
-    series = np.arange(len(rows))[:, None]
-    for name in _RING_FIELDS:
-        fitted[name][series, cell % group.window] = rows[name][series, cell % window]
-    bits = np.unpackbits(rows["learned"], axis=1, count=window * group.features)
-    learned = np.zeros((len(rows), group.window, group.features), np.uint8)
-    learned[series, cell % group.window] = bits.reshape(-1, window, group.features)[series, cell % window]
-    fitted["learned"] = np.packbits(learned.reshape(len(rows), -1), axis=1)
+    fitted["filled"] = np.minimum(rows["filled"], group.window)
+    learned = unpacked(rows["learned_bits"], window).swapaxes(1, 2)
+    fitted["seen"] = _newest_of(rows["seen"], rows["newest"], group.window, 0)
+    learned = _newest_of(learned, rows["newest"], group.window, 0)
+    fitted["learned_bits"] = np.packbits(learned.swapaxes(1, 2), axis=2)
     return fitted
+
+
+def _newest_of(rings: AnyArray, newest: Int64Array, window: int, fresh: float) -> AnyArray:
+    """Return the newest cells of rings, (K, W, F), in rings of another window."""
+    if window == rings.shape[1]:
+        return rings
+    moved = np.full((len(rings), window, rings.shape[2]), fresh, rings.dtype)
+    cell = newest[:, None] - np.arange(min(window, rings.shape[1]))  # (K, count)
+    series = np.arange(len(rings))[:, None]
+    moved[series, cell % window] = rings[series, cell % rings.shape[1]]
+    return moved
 
 
 def _put_tail(group: Group, slot: int, tail: _Tail, *, revisable: bool) -> None:
@@ -490,6 +516,8 @@ def _put_tail(group: Group, slot: int, tail: _Tail, *, revisable: bool) -> None:
         return
     at, copies = np.array([slot + 1, slot + 2], np.int32), np.frombuffer(past.copies, row_dtype(group))
     _put(group, at, copies, np.ones(2, np.bool_), ["", ""])
+    which, rings, _ = _rings(copies, past.withheld, group.window)
+    group.windows.withheld.restore(at[which], rings)
     group.copied[slot] = past.copied
     at = at[group.copied[slot] != NO_COPY]
     group.threshold.set_risk(at, group.q[slot])  # what the rule asks for now, as of the series itself

@@ -10,10 +10,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from stream.columns import AnyArray, BoolArray, Int64Array
+from stream.columns import AnyArray, BoolArray, Float32Array, Int64Array
 from stream.incidents import Severity, State
 from stream.records import TIMESTAMP_MAX_MS
 from stream.windows import STEPS_MAX
+from stream.withheld import padded, unpacked
 
 _INTERVAL_MAX_MS = 400 * 86_400_000
 _LAST_MS = TIMESTAMP_MAX_MS + _INTERVAL_MAX_MS  # the cell of a point may begin a little later
@@ -55,10 +56,18 @@ def sound(rows: AnyArray, window: int) -> BoolArray:
 def _window(rows: AnyArray, window: int) -> BoolArray:
     good = (rows["filled"] <= window) & (rows["steps"] <= STEPS_MAX).all(axis=1)
     good &= _finite(rows["origin"]) & _finite(rows["step_mean"]) & (rows["step_mean"] >= 0).all(axis=1)
-    good &= _finite(rows["seen"])
-    actual: BoolArray = np.isnan(rows["actual"])
-    good &= _finite(np.where(actual, 0, rows["actual"]))
+    good &= _finite(rows["seen"]) & ~padded(rows["learned_bits"], window)
     result: BoolArray = good
+    return result
+
+
+def sound_withheld(rows: AnyArray, rings: Float32Array, window: int) -> BoolArray:
+    """Say whether this, (K, W, F), can be what is withheld of series: of cells that they hold and have not learned."""
+    there = ~np.isnan(rings)
+    learned = unpacked(rows["learned_bits"], window).swapaxes(1, 2)
+    behind = ((rows["newest"] % window)[:, None] - np.arange(window)) % window
+    inside = behind < rows["filled"][:, None]
+    result: BoolArray = _finite(np.where(there, rings, 0)) & ~(there & (learned | ~inside[:, :, None])).any(axis=(1, 2))
     return result
 
 
@@ -73,7 +82,7 @@ def _cells(cell: Int64Array, which: BoolArray, phase_ms: Int64Array, interval_ms
 def _finite(values: AnyArray) -> BoolArray:
     with np.errstate(invalid="ignore"):
         inside = np.asarray(np.abs(values) <= _FLOAT_MAX)
-    result: BoolArray = np.asarray(inside.reshape(len(values), -1).all(axis=1))
+    result: BoolArray = np.asarray(inside.all(axis=tuple(range(1, inside.ndim))))
     return result
 
 

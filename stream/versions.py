@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -118,7 +119,7 @@ def _row_1(window: int, threshold: Dtype) -> Dtype:
     )
 
 
-def _row_2(window: int, threshold: Dtype) -> Dtype:
+def _row_2(window: int, threshold: Dtype, features: int = 1) -> Dtype:
     return np.dtype(
         [
             ("interval_ms", "<i8"),
@@ -130,15 +131,15 @@ def _row_2(window: int, threshold: Dtype) -> Dtype:
             ("arrived_ms", "<i8"),
             ("silent", "u1"),
             ("first_score_ms", "<i8"),
-            ("shift", "<f8", (1,)),
+            ("shift", "<f8", (features,)),
             ("newest", "<i8"),
             ("filled", "<u2" if window < 2**16 else "<u4"),
-            ("origin", "<f8", (1,)),
-            ("seen", "<f4", (window, 1)),
-            ("actual", "<f4", (window, 1)),
-            ("step_mean", "<f8", (1,)),
-            ("steps", "<u2", (1,)),
-            ("learned", "u1", ((window + 7) // 8,)),
+            ("origin", "<f8", (features,)),
+            ("seen", "<f4", (window, features)),
+            ("actual", "<f4", (window, features)),
+            ("step_mean", "<f8", (features,)),
+            ("steps", "<u2", (features,)),
+            ("learned", "u1", ((window * features + 7) // 8,)),
             ("state", "u1"),
             ("id", "<u8"),
             ("opened_ms", "<i8"),
@@ -220,4 +221,111 @@ def _sealed_2(field: bytes, body: bytes, window: int) -> bytes:
     return header.tobytes() + body
 
 
-MIGRATIONS: dict[int, Migration] = {1: _from_1}
+# -- 2 to 3 -----------------------------------------------------------------------------------------------------------
+#
+# Version 2 had a second ring, of what had arrived: the same as the first one where a cell was learned, NaN where it was
+# missing. Now only that of the flagged cells is kept, behind the record, and the bits of each feature begin a byte.
+
+_WINDOW_MAX_2 = 65_536
+
+
+class _Revisable2(msgspec.Struct, array_like=True, frozen=True):
+    copied: tuple[int, int]
+    copies: bytes
+    raw: bytes
+    stamp: bytes
+    published: list[tuple[int, str, str, bytes, bool, int]]
+    fills: list[tuple[int, int, float]]
+
+
+class _Tail2(msgspec.Struct, array_like=True, frozen=True):
+    held: list[tuple[int, float, int]]
+    open: list[tuple[int, float, int]]
+    revisable: _Revisable2 | None
+
+
+_decode_tail_2 = msgspec.msgpack.Decoder(_Tail2).decode
+
+
+@lru_cache(maxsize=64)
+def _rows_2_and_3(window: int, features: int, threshold: Dtype) -> tuple[Dtype, Dtype]:
+    """Return the layouts of a record before and after; to make them takes longer than all else of the step."""
+    old = _row_2(window, threshold, features)
+    fields: list[Any] = []
+    for name in old.names or ():
+        if name == "actual":
+            fields.append(("learned_bits", "u1", (features, (window + 7) // 8)))
+        elif name != "learned":
+            fields.append((name, old[name]))
+    return old, np.dtype(fields)
+
+
+def _from_2(field: bytes, blob: bytes, threshold: Dtype) -> bytes:
+    """All stays; of a cell that was learned what had arrived is what the model sees."""
+    said = f"state of {field.decode('utf-8', 'replace')!r}: version 2"
+    head = _HEADER_2.itemsize
+    if len(blob) < head:
+        raise StateError(f"{said}: {len(blob)} bytes are too few for a header")
+    header, body = np.frombuffer(blob[:head], _HEADER_2)[0].copy(), blob[head:]
+    if header["length"] != len(body) or header["crc32"] != checksum(field, blob[:head], body):
+        raise StateError(f"{said}: damaged (length or checksum is wrong)")
+    if header["kind"] != b"S":
+        raise StateError(f"{said}: kind {bytes(header['kind'])!r} is unknown")
+    window, features = int(header["window"]), int(header["features"])
+    # A shape that no record of these bytes can have would make a layout of gigabytes.
+    fits = 0 < window <= _WINDOW_MAX_2 and 0 < 8 * window * features <= len(body)
+    layout = _rows_2_and_3(window, features, threshold) if fits else None
+    if layout is None or len(body) < layout[0].itemsize:
+        raise StateError(
+            f"{said}: {len(body)} bytes are too few for a window of {window} cells of {features} features; "
+            "the threshold's ring was changed"
+        )
+    size = layout[0].itemsize
+    record, (withheld,) = _lean_3(body[:size], layout)
+    tail = None
+    if len(body) > size:
+        try:
+            tail = _decode_tail_2(body[size:])
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            raise StateError(
+                f"{said}: {len(body) - size} bytes too many for a window of {window}; the threshold's ring was changed"
+            ) from None
+    if tail is not None or withheld:
+        record += _tail_3(tail or _Tail2([], [], None), withheld, layout, said)
+    header["version"], header["length"] = 3, len(record)
+    header["crc32"] = checksum(field, header.tobytes(), record)
+    sealed: bytes = header.tobytes() + record
+    return sealed
+
+
+def _tail_3(tail: _Tail2, withheld: bytes, layout: tuple[Dtype, Dtype], said: str) -> bytes:
+    past: tuple[object, ...] | None = None
+    if (old := tail.revisable) is not None:
+        if len(old.copies) != 2 * layout[0].itemsize:
+            raise StateError(f"{said}: copies of another length than its record")
+        copies, parts = _lean_3(old.copies, layout)
+        past = (old.copied, copies, old.raw, old.stamp, old.published, old.fills, parts)
+    packed: bytes = msgspec.msgpack.encode((tail.held, tail.open, past, withheld))
+    return packed
+
+
+def _lean_3(records: bytes, layout: tuple[Dtype, Dtype]) -> tuple[bytes, list[bytes]]:
+    """Return records without what had arrived, and what is withheld of each: bits, and the values they stand for."""
+    old, new = np.frombuffer(records, layout[0]), np.zeros(len(records) // layout[0].itemsize, layout[1])
+    for name in layout[1].names or ():
+        if name != "learned_bits":
+            new[name] = old[name]
+    _, window, features = old["seen"].shape
+    learned = np.unpackbits(old["learned"], axis=1, count=window * features).astype(np.bool_)
+    learned = learned.reshape(-1, window, features)
+    new["learned_bits"] = np.packbits(learned.swapaxes(1, 2), axis=2)
+    behind = ((old["newest"] % window)[:, None] - np.arange(window)) % window
+    inside = behind < old["filled"][:, None]  # the others are of an earlier window
+    flagged = (inside[:, :, None] & ~learned & ~np.isnan(old["actual"])).swapaxes(1, 2)
+    return new.tobytes(), [
+        np.packbits(there, axis=1).tobytes() + actual.T[there].astype("<f4").tobytes() if there.any() else b""
+        for there, actual in zip(flagged, old["actual"], strict=True)
+    ]
+
+
+MIGRATIONS: dict[int, Migration] = {1: _from_1, 2: _from_2}

@@ -31,6 +31,8 @@ from tests.fuzz.mutate import mutated
 from tests.helpers import MINUTE, T0, Persistence, Setup, columns, config
 
 METRICS = ("cpu", "mem")
+_VERSION_2 = Path(__file__).parents[1] / "unit" / "data" / "state_version_2.json"
+_FED = ("w", "c", "new", "open", "correcting")  # series that go on after they were restored
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,10 @@ def blob() -> Target:
     stream += [("new", T0, 1.0)]
     live.accept(columns(live, stream))  # type: ignore[arg-type]
     blobs = snapshot.pack(live, np.arange(len(live.index.names), dtype=np.int32))
+    earlier = json.loads(_VERSION_2.read_text())["blobs"]
+    blobs |= {name.encode(): bytes.fromhex(earlier[name]) for name in ("open", "correcting", "short")}
     corpus = tuple(bytes([len(field)]) + field + blob for field, blob in blobs.items())
-    points = [*_spikes(40, 3), *((name, time, x) for name in ("w", "c", "new") for _, time, x in _spikes(20, 4))]
+    points = [*_spikes(40, 3), *((name, time, x) for name in _FED for _, time, x in _spikes(20, 4))]
     after = [(name, time + 150 * MINUTE, value) for name, time, value in points]
 
     def read(data: bytes) -> str:
@@ -193,7 +197,9 @@ def blob() -> Target:
     for whole in corpus:
         assert repair(whole) == whole
         assert read(whole) == ""
-    return Target("blob", corpus, read, (b"TK\x02S", b"TK\x01S", b"\x00shadow", b"\xdd\xff\xff\xff\xff"), repair)
+    return Target(
+        "blob", corpus, read, (b"TK\x03S", b"TK\x02S", b"TK\x01S", b"\x00shadow", b"\xdd\xff\xff\xff\xff"), repair
+    )
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

@@ -269,12 +269,12 @@ async def test_a_partition_dropped_is_rebuilt_and_a_state_of_a_later_version_sto
     found = await state.find_partition(site.store, site.settings, log, shared)
     assert (found.series, len(found.refused)) == (2, 1)
     (series,) = await state.find_series(site.store, site.settings, log, later)
-    assert series.states == [] and "version 3 is unknown" in series.refused[0]
+    assert series.states == [] and "version 4 is unknown" in series.refused[0]
 
     await send(site.settings, HALF)
     await serve(site.settings, len(POINTS))
     said = [one.getMessage() for one in caplog.records if one.name.startswith("stream.")]
-    assert any(f"state of {later!r}: version 3 is unknown" in one and "starts anew" in one for one in said)
+    assert any(f"state of {later!r}: version 4 is unknown" in one and "starts anew" in one for one in said)
     assert any("rebuilding it from offset 0 on, muted" in one for one in said)
     live, expected = await published(kafka), backtested(POINTS, site.settings)
     for name in (alone, beside):

@@ -26,10 +26,10 @@ def window_of(live: Detector, name: str) -> dict[int, float]:
     slot = live.index[name]
     group, row = live.groups[live.group_of[slot]], live.row_of[slot]
     windows, placing = group.windows, group.placing
-    newest = int(windows.newest[row])
+    newest, actual = int(windows.newest[row]), windows.actual(np.array([row], np.int32))[0]
     found: dict[int, float] = {}
     for cell in range(newest - int(windows.filled[row]) + 1, newest + 1):
-        value = float(windows.actual[row, cell % windows.window, 0]) + float(windows.origin[row, 0])
+        value = float(actual[cell % windows.window, 0]) + float(windows.origin[row, 0])
         found[int(placing.phase_ms[row] + cell * placing.interval_ms[row])] = value
     return found
 

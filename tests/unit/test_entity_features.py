@@ -115,7 +115,11 @@ def test_only_the_deviating_features_of_a_flagged_cell_are_kept_from_being_learn
     live = detector(ENTITY)
     run(live, records(x[:252]))
     windows = live.groups[0].windows
-    position = (windows.newest[0] - 1) % windows.window
-    assert windows.learned[0, position].tolist() in ([True, False, True], [False, False, True], [True, False, False])
-    assert windows.actual[0, position, 1] + windows.origin[0, 1] == pytest.approx(2_000.0, rel=1e-6)
+    at, position = np.zeros(1, np.int32), (windows.newest[0] - 1) % windows.window
+    assert windows.learned(at)[0, position].tolist() in (
+        [True, False, True],
+        [False, False, True],
+        [True, False, False],
+    )
+    assert windows.actual(at)[0, position, 1] + windows.origin[0, 1] == pytest.approx(2_000.0, rel=1e-6)
     assert abs(windows.seen[0, position, 1] + windows.origin[0, 1] - 500.0) < 100.0

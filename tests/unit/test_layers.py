@@ -26,7 +26,7 @@ CORE = (
         "admission",
         "inspection",
     ),
-    *("grid", "judged", "placing", "waiting", "windows", "incidents", "revision", "silence"),
+    *("grid", "judged", "placing", "waiting", "windows", "withheld", "incidents", "revision", "silence"),
 )
 WORLD = {
     *("asyncio", "socket", "selectors", "ssl", "http", "urllib", "subprocess", "threading", "concurrent"),

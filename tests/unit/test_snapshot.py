@@ -3,6 +3,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from stream.placing import NO_PHASE
 from stream.policy import Policy, Rule
 from stream.waiting import NONE as NOT_CLOSED
 from stream.windows import STEPS_MAX
+from stream.withheld import to_bytes
 from tests.helpers import (
     MINUTE,
     T0,
@@ -90,6 +92,11 @@ def history(of: Detector, name: str, cells: int) -> tuple[Any, Any]:
     at = np.array([row], np.int32)
     values, learned = group.windows.history(at, group.windows.newest[at] + 1)
     return values[0, -cells:], learned[0, -cells:]
+
+
+def actual(group: Group, row: int) -> Any:
+    """What arrived in the window of a series, in the order of its ring."""
+    return group.windows.actual(np.array([row], np.int32))
 
 
 def open_incident(name: str = "open") -> list[Record]:
@@ -184,6 +191,7 @@ def test_all_comes_back() -> None:
             for field in getattr(other, "ARRAYS", ("closed", "newest", "cell")):
                 is_, was = getattr(one, field)[here], getattr(other, field)[there]
                 np.testing.assert_array_equal(is_, was, err_msg=f"{name} {part}.{field}")
+        np.testing.assert_array_equal(actual(mine, here), actual(theirs, there))
         for is_, was in zip(
             snapshot._triple(mine.waiting.open_points(here))[1:],
             snapshot._triple(theirs.waiting.open_points(there))[1:],
@@ -402,9 +410,9 @@ def assert_refused(name: bytes, blob: bytes) -> None:
         (
             b"open",
             BLOBS[b"open"][:2] + b"\x63" + BLOBS[b"open"][3:],
-            "version 99 is unknown, this program reads 1 to 2; a later",
+            "version 99 is unknown, this program reads 1 to 3; a later",
         ),
-        (b"open", b"TK\x00", "version 0 is unknown, this program reads 1 to 2; nothing leads from it"),
+        (b"open", b"TK\x00", "version 0 is unknown, this program reads 1 to 3; nothing leads from it"),
         (b"open", b"TK\x01", "version 1: 3 bytes are too few for a header"),
         (b"open", BLOBS[b"open"][:3] + b"P" + BLOBS[b"open"][4:], "kind b'P' is unknown"),
         (b"open", BLOBS[b"open"][:-1] + b"\x55", "damaged"),
@@ -431,7 +439,7 @@ def test_the_header_says_the_shape_and_ends_with_the_crc32_of_name_header_and_bo
     for name, blob in BLOBS.items():
         assert sealed(name, blob) == blob
         features = 3 if name.startswith(b"entity") else 1
-        assert blob[:12] == b"TK\x02S" + (9).to_bytes(4, "little") + features.to_bytes(4, "little")
+        assert blob[:12] == b"TK\x03S" + (9).to_bytes(4, "little") + features.to_bytes(4, "little")
         ref = "three@1" if features == 3 else "persistence@1"
         assert blob[16:24] == snapshot.model_id(ref).to_bytes(8, "little")
 
@@ -454,10 +462,71 @@ def test_a_record_that_is_too_short_is_refused(body: bytes) -> None:
 
 @pytest.mark.parametrize("tail", [b"\0", b"\x93\x90\x90", b"\x92\x90\x90", b"\x93\x91\x90\x90\xc0", bytes(64)])
 def test_what_stands_behind_the_record_and_is_no_tail_is_refused(tail: bytes) -> None:
-    body = BLOBS[b"open"][HEADER:] + tail
+    size = snapshot.row_dtype(group_of(LIVE, "open")[0]).itemsize
+    body = BLOBS[b"open"][HEADER:][:size] + tail
     _, outcome = restored({b"open": sealed(b"open", BLOBS[b"open"], body)})
     assert outcome.series == 0
     assert f"{len(tail)} bytes too many" in str(outcome.refused[0])
+
+
+def withheld(**cells: float) -> bytes:
+    """What is withheld of a window of nine cells: values by position."""
+    ring = np.full((1, 9, 1), np.nan, np.float32)
+    for position, value in cells.items():
+        ring[0, int(position[1:]), 0] = value
+    return to_bytes(ring)[0]
+
+
+def test_withheld_values_that_the_window_cannot_have_are_refused() -> None:
+    group, row = group_of(LIVE, "open")
+    body, layout = BLOBS[b"open"][HEADER:], snapshot.row_dtype(group)
+    held, opened, past, own = msgspec.msgpack.decode(body[layout.itemsize :])
+    flagged = int(group.windows.newest[row]) % 9
+    assert own == withheld(**{f"c{flagged}": float(actual(group, row)[0, flagged, 0])})
+    fine = withheld(**{f"c{flagged}": 1.0})
+    learned = (flagged + 1) % 9
+    for part, good in (
+        (b"", True),
+        (fine, True),
+        (withheld(**{f"c{learned}": 1.0}), False),
+        (withheld(**{f"c{flagged}": 1e38}), False),
+        (withheld(**{f"c{flagged}": float("inf")}), False),
+        (withheld(), False),
+        (fine[:-1], False),
+        (fine + bytes(4), False),
+    ):
+        forged = body[: layout.itemsize] + msgspec.msgpack.encode((held, opened, past, part))
+        _, outcome = restored({**BLOBS, b"open": sealed(b"open", BLOBS[b"open"], forged)})
+        assert (outcome.series, len(outcome.refused)) == ((8, 0) if good else (7, 1)), part
+        assert good or "its content cannot be that of a series" in str(outcome.refused[0])
+
+
+def test_withheld_values_of_cells_that_the_window_does_not_hold_are_refused() -> None:
+    name, live = b"a", fed(normal_points(3), config(interval_ms=MINUTE))
+    (blob,) = packed(live).values()
+    newest = int(live.groups[0].windows.newest[0])
+    for cell in (newest, newest - 3):  # learned, and before the first point
+        tail = msgspec.msgpack.encode(((), (), None, withheld(**{f"c{cell % 9}": 1.0})))
+        _, outcome = restored({name: sealed(name, blob, blob[HEADER:] + tail)}, config(interval_ms=MINUTE))
+        assert len(outcome.refused) == 1
+
+
+def test_what_is_withheld_of_a_copy_is_looked_at_too() -> None:
+    size = snapshot.row_dtype(group_of(LIVE, "correcting")[0]).itemsize
+    name, body = b"correcting", BLOBS[b"correcting"][HEADER:]
+    held, opened, past, own = msgspec.msgpack.decode(body[size:])
+    for parts, good in ((past[-1], True), ([past[-1][0], b"\0"], False), ([withheld(c0=1e38), b""], False)):
+        forged = body[:size] + msgspec.msgpack.encode((held, opened, [*past[:-1], parts], own))
+        assert restored({name: sealed(name, BLOBS[name], forged)})[1].series == good
+
+
+def test_bits_behind_the_last_cell_are_refused() -> None:
+    group, _ = group_of(LIVE, "open")
+    body, layout = BLOBS[b"open"][HEADER:], snapshot.row_dtype(group)
+    row = np.frombuffer(body, layout, 1).copy()
+    row["learned_bits"][0, 0, 1] |= 1
+    forged = sealed(b"open", BLOBS[b"open"], row.tobytes() + body[layout.itemsize :])
+    assert len(restored({b"open": forged})[1].refused) == 1
 
 
 @pytest.mark.parametrize("ring", [15, 17, 64])
@@ -471,9 +540,11 @@ def test_another_ring_of_the_threshold_is_refused(ring: int) -> None:
 
 def test_a_threshold_that_nothing_could_have_made_begins_anew() -> None:
     group, _ = group_of(LIVE, "open")
-    body = np.frombuffer(BLOBS[b"open"][HEADER:], snapshot.row_dtype(group)).copy()
-    body["threshold"]["scale"] = -1.0
-    fresh, outcome = restored({**BLOBS, b"open": sealed(b"open", BLOBS[b"open"], body.tobytes())})
+    body, layout = BLOBS[b"open"][HEADER:], snapshot.row_dtype(group)
+    row = np.frombuffer(body, layout, 1).copy()
+    row["threshold"]["scale"] = -1.0
+    forged = sealed(b"open", BLOBS[b"open"], row.tobytes() + body[layout.itemsize :])
+    fresh, outcome = restored({**BLOBS, b"open": forged})
     assert outcome.series == 8
     assert [str(problem)[:16] for problem in outcome.refused] == ["state of 'open':"]
     assert "scale" in str(outcome.refused[0])
@@ -644,7 +715,7 @@ def test_of_a_shorter_lateness_what_is_overdue_is_closed_by_the_next_point() -> 
     assert (group.waiting.cell[row] != NOT_CLOSED).any()
     fresh.accept(columns(fresh, [("waiting", T0 + 83 * MINUTE, 10.0)]))
     fresh.accept(columns(fresh, [("waiting", T0 + 84 * MINUTE, 10.0)]))
-    assert group.windows.actual[row, 82 % 9, 0] + group.windows.origin[row, 0] == pytest.approx(8.0)
+    assert actual(group, row)[0, 82 % 9, 0] + group.windows.origin[row, 0] == pytest.approx(8.0)
     assert group.waiting.closed[row] == group.windows.newest[row] >= 83
 
 
@@ -862,7 +933,7 @@ def test_ten_thousand_series() -> None:
     assert packed(fresh) == blobs
 
 
-@pytest.mark.parametrize(("window", "limit"), [(30, 1_600), (120, 2_500)])
+@pytest.mark.parametrize(("window", "limit"), [(30, 1_500), (120, 1_900)])
 def test_bytes_of_one_kpi(window: int, limit: int, record_property: Any) -> None:
     sizes = {}
     for kind in ("plain", "waiting", "correcting"):
@@ -886,6 +957,6 @@ def test_bytes_of_one_entity() -> None:
     group = live.groups[0]
     (blob,) = packed(live).values()
     one = snapshot.row_dtype(Group(live.config, ONE, SETUP.rules, live.table, live.counts)).itemsize
-    # 8 bytes and a bit a value of the window, and a few numbers a feature; the threshold is one for all.
-    assert snapshot.row_dtype(group).itemsize <= one + 2 * (9 * 8 + 2 + 30)
+    # 4 bytes and a bit a value of the window, and a few numbers a feature; the threshold is one for all.
+    assert snapshot.row_dtype(group).itemsize <= one + 2 * (9 * 4 + 2 + 30)
     print(f"W=9 F=3: {len(blob)} bytes")  # noqa: T201

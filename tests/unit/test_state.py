@@ -45,7 +45,7 @@ def known(live: Detector, name: str, pot: PotConfig = SMALL_POT) -> SeriesState:
 
 def test_a_series_that_probes() -> None:
     said = known(fed(normal_points(3)), "a")
-    assert (said.name, said.shadow, said.version, said.window, said.features) == ("a", False, 2, 9, 1)
+    assert (said.name, said.shadow, said.version, said.window, said.features) == ("a", False, 3, 9, 1)
     assert said.interval_s is None and said.probing
     assert said.last_point == iso_time(T0 + 2 * MINUTE)
     assert said.last_arrival is None and not said.silent
@@ -91,10 +91,11 @@ def test_what_cannot_be_read_is_refused_by_name() -> None:
         inspected(b"a", blob, replace(SMALL_POT, max_excess=400))
 
 
-def test_a_header_of_gigabytes_is_refused_before_anything_is_made_of_it() -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_header_of_gigabytes_is_refused_before_anything_is_made_of_it(version: int) -> None:
     body = b"\0" * 100
     header = np.zeros((), snapshot._HEADER)
-    header["magic"], header["version"], header["kind"] = b"TK", 2, b"S"
+    header["magic"], header["version"], header["kind"] = b"TK", version, b"S"
     header["length"] = len(body)
     for window, features in ((2**32 - 1, 2**32 - 1), (0, 1), (1, 0), (2**31, 1)):
         header["window"], header["features"], header["crc32"] = window, features, 0

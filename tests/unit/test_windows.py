@@ -67,7 +67,7 @@ def test_what_is_completed_or_flagged_is_seen_and_not_learned() -> None:
     put(windows, 3, 100.0, seen=3.5)  # flagged
     put(windows, 4, 5.0)
     assert history(windows, 5) == ([1, 2, 2.5, 3.5, 5], [True, True, False, False, True])
-    assert windows.actual[0, :, 0].tolist() == pytest.approx([0, 1, NAN, 99, 4], nan_ok=True)
+    assert windows.actual(slots(0))[0, :, 0].tolist() == pytest.approx([0, 1, NAN, 99, 4], nan_ok=True)
     assert windows.arrived(slots(0)).tolist() == [[0.8]]
 
 
@@ -169,7 +169,7 @@ def test_several_features() -> None:
     assert windows.arrived(slots(1)).tolist() == [[1.0, 0.0, 1.0]]
     assert windows.steps[1].tolist() == [1, 0, 0]
     windows.accept_actual(slots(1))
-    assert windows.learned[1].tolist() == [[True, False, True], [True, False, True]]
+    assert windows.learned(slots(1))[0].tolist() == [[True, False, True], [True, False, True]]
     assert windows.history(slots(1), np.array([2]))[0][0].tolist() == [[1, 2, 3], [4, 2, 60]]
 
 
@@ -179,9 +179,9 @@ def test_a_late_record_of_an_entity_fills_only_what_it_brings() -> None:
     came, learned = np.array([[1.0, NAN, 3.0]]), np.array([[True, False, False]])  # the third is flagged
     windows.append(slots(0), np.array([0]), np.array([[1.0, 0.5, 0.0]]), came, learned)
     windows.fill(slots(0), np.array([0]), np.array([[NAN, 2.0, 30.0]]))
-    assert windows.actual[0, 0].tolist() == [1, 2, 30]
+    assert windows.actual(slots(0))[0, 0].tolist() == [1, 2, 30]
     assert windows.seen[0, 0].tolist() == [1, 2, 0]
-    assert windows.learned[0, 0].tolist() == [True, True, False]
+    assert windows.learned(slots(0))[0, 0].tolist() == [True, True, False]
 
 
 def test_copied_rows_are_alike_and_go_their_own_ways() -> None:
@@ -230,6 +230,14 @@ def test_windows_equal_a_pandas_frame_on_the_grid(seed: int, features: int) -> N
         return np.where(gone, NAN, rng.integers(-1000, 1000, features) / 8)
 
     for turn in range(120):
+        if turn % 30 == 29:  # of one series what was flagged is the new normal
+            s = int(rng.integers(n))
+            if seen[s] and windows.filled[s] == window:
+                windows.accept_actual(slots(s))
+                for cell in range(newest[s] - window + 1, newest[s] + 1):
+                    came = ~np.isnan(actual[s][cell])
+                    seen[s][cell] = np.where(came, actual[s][cell], seen[s][cell])
+                    learned[s][cell] = learned[s][cell] | came
         which = np.flatnonzero(rng.random(n) < 0.7)
         kind = rng.choice(["next", "missing", "flagged", "fill", "restart"], len(which), p=[0.5, 0.15, 0.1, 0.2, 0.05])
         for s, what in zip(which.tolist(), kind.tolist(), strict=True):
@@ -240,10 +248,10 @@ def test_windows_equal_a_pandas_frame_on_the_grid(seed: int, features: int) -> N
                 assert windows.inside(at, np.array([cell])).tolist() == [inside]
                 if inside:
                     windows.fill(at, np.array([cell]), value[None])
-                    came, flagged = ~np.isnan(value), ~np.isnan(actual[s][cell]) & ~learned[s][cell]
-                    actual[s][cell] = np.where(came, value, actual[s][cell])
-                    seen[s][cell] = np.where(came & ~flagged, value, seen[s][cell])
-                    learned[s][cell] = learned[s][cell] | (came & ~flagged)
+                    there, flagged = ~np.isnan(value), ~np.isnan(actual[s][cell]) & ~learned[s][cell]
+                    actual[s][cell] = np.where(there, value, actual[s][cell])
+                    seen[s][cell] = np.where(there & ~flagged, value, seen[s][cell])
+                    learned[s][cell] = learned[s][cell] | (there & ~flagged)
                 continue
             if what == "restart" or not seen[s]:
                 newest[s] += int(rng.integers(window + 2, 3 * window + 3))
@@ -271,6 +279,14 @@ def test_windows_equal_a_pandas_frame_on_the_grid(seed: int, features: int) -> N
             assert windows.newest[s] == newest[s]
             assert windows.filled[s] == min(len(seen[s]), window)
             assert windows.steps[s].tolist() == [len(of) for of in changes[s]]
+            held = np.arange(newest[s] - int(windows.filled[s]) + 1, newest[s] + 1)
+            came = np.array([actual[s][cell] for cell in held.tolist()]) - windows.origin[s]
+            np.testing.assert_array_equal(windows.actual(slots(s))[0, held % window], came.astype(np.float32))
+            here = [windows.actual_at(slots(s), np.array([cell]))[0] for cell in held.tolist()]
+            np.testing.assert_array_equal(here, came.astype(np.float32))
+            known = np.array([learned[s][cell] for cell in held.tolist()])
+            np.testing.assert_array_equal(windows.learned(slots(s))[0, held % window], known)
+            assert (windows.withheld.row[s] > 0) == (~np.isnan(came) & ~known).any()
             if windows.filled[s] == window and turn % 4 == 0:
                 last = pd.RangeIndex(newest[s] - window + 1, newest[s] + 1)
                 truth = [
