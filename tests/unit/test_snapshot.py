@@ -460,7 +460,13 @@ def test_a_record_that_is_too_short_is_refused(body: bytes) -> None:
         assert f"{len(body)} bytes, but a window of 9 needs" in str(outcome.refused[0])
 
 
-@pytest.mark.parametrize("tail", [b"\0", b"\x93\x90\x90", b"\x92\x90\x90", b"\x93\x91\x90\x90\xc0", bytes(64)])
+NO_TEXT = b"\x94\x90\x90\x97\x92\0\0\xc4\0\xc4\0\xc4\0\x91\x96\0\xa1\xba"  # a statement whose word is no UTF-8
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [b"\0", b"\x93\x90\x90\xc0", b"\x93\x90\x90", b"\x92\x90\x90", b"\x94\x91\x90\x90\xc0\xc4\0", bytes(64), NO_TEXT],
+)
 def test_what_stands_behind_the_record_and_is_no_tail_is_refused(tail: bytes) -> None:
     size = snapshot.row_dtype(group_of(LIVE, "open")[0]).itemsize
     body = BLOBS[b"open"][HEADER:][:size] + tail

@@ -260,6 +260,8 @@ def test_what_is_written_of_version_2_is_smaller_and_of_the_version_of_now() -> 
 
 
 OPEN_2 = BLOBS_2[b"open"]
+# Of a correcting series: a statement whose word is no UTF-8.
+NO_TEXT = b"\x93\x90\x90\x96\x92\x00\x00\xc4\x00\xc4\x00\xc4\x00\x91\x96\x00\xa1\xba\xa0"
 
 
 @pytest.mark.parametrize(
@@ -273,6 +275,7 @@ OPEN_2 = BLOBS_2[b"open"]
         (sealed_2(OPEN_2[:4] + b"\xff" * 8 + OPEN_2[12:], b"open"), "too few for a window of 4294967295"),
         (sealed_2(OPEN_2 + b"\x93\x90\x90", b"open"), "3 bytes too many for a window of 9"),
         (sealed_2(OPEN_2 + b"\0", b"open"), "1 bytes too many"),
+        (sealed_2(OPEN_2 + NO_TEXT, b"open"), "19 bytes too many"),
     ],
 )
 def test_what_is_no_state_of_version_2_is_refused_by_name(blob: bytes, why: str) -> None:
