@@ -137,7 +137,7 @@ class Network(base.Network):
         Absolute, so that a spike that nobody labelled hardly moves it. Out of training the newest point is always
         hidden: the loss that decides when to stop is that of the task, and has no chance in it.
         """
-        x, hidden = batch.x, hide_newest(batch.x)
+        x, hidden = batch.x, base.hide_newest(batch.x)
         if self.training:
             hidden = torch.where(torch.rand(len(x), 1, 1) < HIDDEN_SHARE, hidden, x)
         error = torch.where(batch.counts, (self(hidden) - x).abs(), 0.0)
@@ -151,7 +151,7 @@ class Network(base.Network):
         always the same has a reach like any other; one that is always rebuilt exactly, or never counts, has the least.
         """
         x, counts = batch.x.double().numpy(), batch.counts[:, -1].numpy()
-        error = np.abs(x[:, -1] - self(hide_newest(batch.x))[:, -1].double().numpy())  # (B, F)
+        error = np.abs(x[:, -1] - self(base.hide_newest(batch.x))[:, -1].double().numpy())  # (B, F)
         history, features = x[:, :-1], self.config.features
         usual = np.full((len(x), features), np.nan)  # with scaling "window" each window's own is the best known
         if self.config.scaling == "train":
@@ -175,11 +175,6 @@ def measured_locally(config: AutoEncoderConfig) -> bool:
     precision-recall curve was 0.52 with constants and 0.46 with the windows' own.
     """
     return config.scaling == "window" or config.features == 1
-
-
-def hide_newest(x: Tensor) -> Tensor:
-    """Windows whose last point repeats the one before it, (B, W, F)."""
-    return torch.cat([x[:, :-1], x[:, -2:-1]], dim=1)
 
 
 def pack(weights: Weights, config: AutoEncoderConfig) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ class Network(base.Network):
         KL(q || N(0, 1)) = sum(exp(lgvar) + mean**2 - 1 - lgvar) / 2. Out of training the newest point is always hidden
         and the latent is its mean, so that the loss that decides when to stop has no chance in it.
         """
-        x, hidden = batch.x, hide_newest(batch.x)
+        x, hidden = batch.x, base.hide_newest(batch.x)
         if self.training:
             hidden = torch.where(torch.rand(len(x), 1, 1) < HIDDEN_SHARE, hidden, x)
         z_mean, z_lgvar = self.encoder(hidden.flatten(1))
@@ -134,7 +134,7 @@ class Network(base.Network):
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Float64]:
         """Return `floor`, the negative log-likelihood that 1 % of the newest points are below, (F,), nats."""
-        mean, lgvar = self.decoder(self.encoder(hide_newest(batch.x).flatten(1))[0])
+        mean, lgvar = self.decoder(self.encoder(base.hide_newest(batch.x).flatten(1))[0])
         features = self.config.features
         mean, lgvar = mean[:, -features:].double().numpy(), lgvar[:, -features:].double().numpy()
         nll = 0.5 * np.square(batch.x[:, -1].double().numpy() - mean) * np.exp(-lgvar) + 0.5 * lgvar
@@ -161,11 +161,6 @@ class Gaussian(nn.Module):
             h = torch.tanh(self.get_submodule(str(i))(h))
         mean: Tensor = self.mean(h)
         return mean, torch.clamp(self.lgvar(h), *self.bounds)
-
-
-def hide_newest(x: Tensor) -> Tensor:
-    """Windows whose last point repeats the one before it, (B, W, F)."""
-    return torch.cat([x[:, :-1], x[:, -2:-1]], dim=1)
 
 
 def pack(weights: Weights, config: VAEConfig) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.autoencoder import FAMILY, AutoEncoder, AutoEncoderConfig, Network, forward, hide_newest, pack
-from models.base import Assessment, Batch, Constants, Context, Float64, norm
+from models.autoencoder import FAMILY, AutoEncoder, AutoEncoderConfig, Network, forward, pack
+from models.base import Assessment, Batch, Constants, Context, Float64, hide_newest, norm
 from models.errors import ConfigError
 from models.train import TrainConfig, train
 from models.windows import TrainSeries

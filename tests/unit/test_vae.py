@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from models.base import Assessment, Batch, Constants, Context, Float64, norm
+from models.base import Assessment, Batch, Constants, Context, Float64, hide_newest, norm
 from models.errors import ConfigError
 from models.train import TrainConfig, train
 from models.vae import (
@@ -18,7 +18,6 @@ from models.vae import (
     VAEConfig,
     complete,
     compressed,
-    hide_newest,
     last_point,
     pack,
 )
