@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from aiokafka.errors import (
     AuthenticationFailedError,
     ClusterAuthorizationFailedError,
     GroupAuthorizationFailedError,
+    IllegalOperation,
+    IllegalStateError,
     InvalidMessageError,
     InvalidTopicError,
     KafkaError,
@@ -139,6 +142,14 @@ class TransactionalOutbox(Outbox):
         """See `Outbox.commit`."""
         producer = self._open()
         steps.reached("settling")
+        try:
+            await self._transact(producer, outgoing, offset)
+        except (IllegalOperation, AssertionError) as e:  # no KafkaError: the producer has failed between two calls
+            raise _failure(producer) or IllegalStateError(*e.args) from e
+
+    async def _transact(
+        self, producer: AIOKafkaProducer, outgoing: Sequence[Outgoing], offset: OffsetAndMetadata
+    ) -> None:
         # Not `async with producer.transaction()`: it would abort after an error, with a broker that may be gone. The
         # next producer's start does that.
         await producer.begin_transaction()
@@ -178,9 +189,18 @@ async def _ended(producer: AIOKafkaProducer) -> None:
         with contextlib.suppress(asyncio.CancelledError, KafkaError, OSError):
             await stopping
         # Why its transaction has failed was said where it failed; asyncio would say it again, with a traceback.
-        failed = getattr(producer._txn_manager, "_transaction_waiter", None)
-        if failed is not None and failed.done() and not failed.cancelled():
-            failed.exception()
+        _failure(producer)
+        for batch in itertools.chain(*producer._message_accumulator._batches.values()):
+            _error(batch._drain_waiter)
+
+
+def _failure(producer: AIOKafkaProducer) -> BaseException | None:
+    """Return why the transaction of a producer has failed; None if it has not."""
+    return _error(getattr(producer._txn_manager, "_transaction_waiter", None))
+
+
+def _error(waiter: asyncio.Future[Any] | None) -> BaseException | None:
+    return waiter.exception() if waiter is not None and waiter.done() and not waiter.cancelled() else None
 
 
 __all__ = ["Outbox", "Outgoing", "PlainOutbox", "TransactionalOutbox", "in_vain"]
