@@ -117,6 +117,7 @@ class Sender:
     def __post_init__(self) -> None:
         self.sent = [0] * self.settings.partitions
         self.given = 0
+        self.done = False  # the broker has all of it
 
     async def run(self) -> None:
         """Send all points; returns when the broker has them."""
@@ -146,6 +147,7 @@ class Sender:
         await asyncio.to_thread(producer.flush, 300)
         if sum(self.sent) != self.given:
             self.problems.append(f"{self.given - sum(self.sent)} records were never acknowledged")
+        self.done = True
 
     async def _room(self, producer: Producer, total: int) -> None:
         while True:
