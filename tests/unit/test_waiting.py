@@ -271,7 +271,7 @@ def test_waiting_equals_a_dict(
                 keep = one.open_points(slot)
                 assert (keep.slot == slot).all()
                 again = waiting(features, series, window)
-                again.restore(slot, int(one.closed[slot]), keep, np.rint(keep.timestamp_ms / MINUTE).astype(np.int64))
+                again.restore(slot, int(one.closed[slot]), keep, (keep.timestamp_ms + MINUTE // 2) // MINUTE)
                 assert open_cells(again, slot) == open_cells(one, slot)
                 assert again.newest[slot] == (NONE if truth.newest is None else truth.newest)
                 for name in ("closed", "cell", "time_ms", "value"):
