@@ -10,12 +10,13 @@ import numpy as np
 
 from models.pot import Health, PotConfig, Spot
 from stream import versions
+from stream.blobs import SHADOW, opened
 from stream.columns import AnyArray
 from stream.errors import StateError
 from stream.events import SEVERITIES, iso_time
 from stream.incidents import State
 from stream.placing import NO_PHASE
-from stream.snapshot import SHADOW, opened_blob, record_dtype
+from stream.snapshot import record_dtype
 from stream.withheld import unpacked
 
 _LATEST_MS = 253_402_300_799_999  # the end of the year 9999
@@ -52,7 +53,7 @@ class SeriesState(msgspec.Struct, frozen=True, omit_defaults=True):
     shadow: bool
     bytes: int
     version: int  # of the blob
-    model: int  # `snapshot.model_id` of it
+    model: int  # `blobs.model_id` of it
     window: int  # cells
     features: int
     interval_s: float | None  # None while it is not known
@@ -79,8 +80,8 @@ def inspected(field: bytes, blob: bytes, pot: PotConfig) -> SeriesState:
     """
     name = field.removesuffix(SHADOW).decode("utf-8", "replace")
     spot = Spot(pot, 1)
-    header, body = opened_blob(field, blob, spot.dtype)
-    window, features = int(header["window"]), int(header["features"])
+    header, body = opened(field, blob, spot.dtype)
+    window, features = header.window, header.features
     # A window that no record of these bytes can have would make a layout of gigabytes.
     least = 4 * window * features
     layout = record_dtype(window, features, spot.dtype) if window and features and least <= len(body) else None
@@ -98,7 +99,7 @@ def inspected(field: bytes, blob: bytes, pot: PotConfig) -> SeriesState:
         shadow=field.endswith(SHADOW),
         bytes=len(blob),
         version=versions.version_of(blob) or 0,
-        model=int(header["model"]),
+        model=header.model,
         window=window,
         features=features,
         interval_s=int(row["interval_ms"]) / 1000 if known else None,

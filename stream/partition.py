@@ -25,6 +25,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicP
 from aiokafka.errors import KafkaError, ProducerFenced
 
 from stream import records, snapshot, steps
+from stream.blobs import SHADOW
 from stream.columns import BoolArray, Int32Array
 from stream.detector import Detector
 from stream.errors import BrokerError, StoreError
@@ -249,7 +250,7 @@ class Partition:
         slots, result, rejects = await asyncio.to_thread(self._judge, batch)
         # From here on in one go: a settlement that comes between sees all of the batch or nothing.
         self._touch(slots, result.events + result.shadow)
-        self._gone.update(name.encode() + kind for name in result.evicted for kind in (b"", snapshot.SHADOW))
+        self._gone.update(name.encode() + kind for name in result.evicted for kind in (b"", SHADOW))
         if self.detector.places.on_general > self._on_general:
             self._on_general = self.detector.places.on_general
             log.warning(

@@ -1,16 +1,14 @@
 """The state of a series as bytes, and back: what the store keeps.
 
-A blob is a header (magic, version, shape of the window, length, model, crc32 of its name and of all else) and a body:
-one packed little-endian record of fixed length, so that thousands are packed by columns at once, and behind it, in
-MessagePack, what only some series have: points that are held, cells that are open, values that are withheld, what late
-points may still prove wrong. A series that is judged by a second model, in the shadow of the first, has a second blob.
-No blob can execute anything; a damaged one, or one of an unknown version, is refused by the name of its series. One of
-an earlier version is brought forward (`versions`).
+The body of a blob (see `blobs`) is one packed little-endian record of fixed length, so that thousands are packed by
+columns at once, and behind it, in MessagePack, what only some series have: points that are held, cells that are open,
+values that are withheld, what late points may still prove wrong. A series that is judged by a second model, in the
+shadow of the first, has a second blob. No blob can execute anything; a damaged one, or one of an unknown version, is
+refused by the name of its series. One of an earlier version is brought forward (`versions`).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,8 @@ import msgspec
 import numpy as np
 
 from models.pot import PotConfig, Spot
-from stream import events, versions
+from stream import events
+from stream.blobs import SHADOW, Header, model_id, opened
 from stream.columns import AnyArray, BoolArray, Columns, Float32Array, Int32Array, Int64Array, name_problem
 from stream.detector import Detector
 from stream.errors import StateError
@@ -34,22 +33,8 @@ from stream.sound import sound, sound_cells, sound_points, sound_withheld
 from stream.waiting import NONE as NOT_CLOSED
 from stream.withheld import from_bytes, to_bytes, unpacked
 
-VERSION = 3  # of the layout below; another one needs a step in `versions`
-_HEADER = np.dtype(
-    [
-        ("magic", "S2"),
-        ("version", "u1"),
-        ("kind", "S1"),
-        ("window", "<u4"),
-        ("features", "<u4"),
-        ("length", "<u4"),
-        ("model", "<u8"),
-        ("crc32", "<u4"),
-    ]
-)
 _WINDOW_FIELDS = ("newest", "filled", "origin", "seen", "learned_bits", "step_mean", "steps")
 _WINDOW_MAX = 65_536
-SHADOW = b"\x00shadow"  # ends the name of a second blob; that of a series holds no control characters
 _SILENCE_FIELDS = (("heard_ms", "last_ms"), ("arrived_ms", "arrived_ms"), ("silent", "silent"))
 
 _INCIDENTS = Incidents()  # for the types of its arrays
@@ -80,11 +65,6 @@ class _Tail(msgspec.Struct, array_like=True, frozen=True):
 
 _encode_tail = msgspec.msgpack.Encoder().encode
 _decode_tail = msgspec.msgpack.Decoder(_Tail).decode
-
-
-def model_id(ref: str) -> int:
-    """Return the number that a blob keeps of the model whose scores its threshold was built from."""
-    return int.from_bytes(hashlib.blake2b(ref.encode(), digest_size=8).digest(), "little")
 
 
 def row_dtype(group: Group, window: int | None = None) -> np.dtype[np.void]:
@@ -156,16 +136,11 @@ def _blobs(
     for name, array in _SILENCE_FIELDS:
         rows[name] = getattr(detector.silence, array)[slots]
     tails = _tails(group, at)
-    header = np.zeros((), _HEADER)
-    header["magic"], header["version"], header["kind"] = versions.MAGIC, VERSION, b"S"
-    header["window"], header["features"] = group.window, group.features
-    header["model"] = model_id(group.served.ref)
+    header = Header(group.window, group.features, model_id(group.served.ref))
     packed, size = rows.tobytes(), rows.dtype.itemsize
     for i, (field, row) in enumerate(zip(fields, at.tolist(), strict=True)):
         body = packed[i * size : (i + 1) * size] + tails.get(row, b"")
-        header["length"], header["crc32"] = len(body), 0
-        header["crc32"] = versions.checksum(field, header.tobytes(), body)
-        blobs[field] = header.tobytes() + body
+        blobs[field] = header.sealed(field, body)
     return blobs
 
 
@@ -261,27 +236,23 @@ def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
     """
     refused: list[StateError] = []
     sorts: dict[tuple[bool, int, int], list[_Blob]] = defaultdict(list)  # by shadow, group and window
-    opened: list[tuple[str, bool, int, AnyArray, bytes]] = []
+    found: list[tuple[str, bool, int, Header, bytes]] = []
     threshold = threshold_dtype(detector.config.pot)
     for field, blob in blobs.items():
         shadow = field.endswith(SHADOW)
         name = field.removesuffix(SHADOW).decode("utf-8", "replace")
         try:
-            header, body = opened_blob(field, blob, threshold)
-            if problem := name_problem(name):
+            header, body = opened(field, blob, threshold)
+            slot = detector.index[name] if header.features == 1 else _entity(detector, name)
+            if slot < 0 and (problem := name_problem(name)):
                 raise StateError(f"state of {name!r}: {problem}")
-            if int(header["features"]) > 1:
-                entity = detector.index.entity(name)
-                slot = -1 if entity is None else entity.slot
-            else:
-                slot = detector.index[name]
-            opened.append((name, shadow, slot, header, body))
+            found.append((name, shadow, slot, header, body))
         except StateError as e:
             refused.append(e)
     detector.admit()
-    for name, shadow, slot, header, body in opened:
-        features = int(header["features"])
-        rule = detector.rule_for(name, entity=features > 1)
+    rule_of = detector.rule_of.tolist()
+    for name, shadow, slot, header, body in found:
+        rule, features = rule_of[slot] if slot >= 0 else detector.rule_for(name, entity=True), header.features
         if rule < 0 or detector.served[rule] is None:
             continue
         places = detector.shadows if shadow else detector.places
@@ -292,7 +263,7 @@ def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
             if number < 0 or places.groups[number].features != features:
                 raise StateError(f"state of {name!r}: it has {features} features; the model of its rule takes others")
             blob_ = _cut(name, slot, places.groups[number], header, body)
-            sorts[shadow, number, int(header["window"])].append(blob_)
+            sorts[shadow, number, header.window].append(blob_)
         except StateError as e:
             refused.append(e)
     series = recalibrating = 0
@@ -305,54 +276,29 @@ def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
     return Restored(series, recalibrating, refused)
 
 
+def _entity(detector: Detector, name: str) -> int:
+    """Return the slot of an entity, -1 of what cannot be one, or is watched metric by metric."""
+    entity = None if name_problem(name) else detector.index.entity(name)
+    return -1 if entity is None else entity.slot
+
+
 def threshold_dtype(pot: PotConfig) -> np.dtype[Any]:
     """Return the layout of a threshold, which depends on the size of its ring."""
     return Spot(pot).dtype
-
-
-def opened_blob(field: bytes, blob: bytes, threshold: np.dtype[Any]) -> tuple[AnyArray, bytes]:
-    """Return header and body of a blob, brought to the version of now.
-
-    Raises:
-        StateError: it is none, damaged, or of an unknown version.
-    """
-    name = field.decode("utf-8", "replace")
-    blob = versions.brought_to(VERSION, field, blob, threshold)
-    if len(blob) < _HEADER.itemsize:
-        raise StateError(f"state of {name!r}: {len(blob)} bytes are too few for a header")
-    header = np.frombuffer(blob[: _HEADER.itemsize], _HEADER)[0]
-    body = blob[_HEADER.itemsize :]
-    if header["magic"] != versions.MAGIC:
-        raise StateError(f"state of {name!r}: this is no state of Tocsin (it starts with {blob[:2]!r})")
-    if header["kind"] != b"S":
-        raise StateError(f"state of {name!r}: kind {bytes(header['kind'])!r} is unknown")
-    if header["length"] != len(body) or header["crc32"] != versions.checksum(field, blob[: _HEADER.itemsize], body):
-        raise StateError(f"state of {name!r}: damaged (length or checksum is wrong)")
-    return header, body
-
-
-def labelled(field: bytes, blob: bytes, threshold: np.dtype[Any]) -> tuple[int, int]:
-    """Return the version of a blob as it is stored, and the number of its model.
-
-    Raises:
-        StateError: it is none, damaged, or of an unknown version.
-    """
-    header, _ = opened_blob(field, blob, threshold)
-    return versions.version_of(blob) or 0, int(header["model"])
 
 
 def _unsound(name: str) -> StateError:
     return StateError(f"state of {name!r}: damaged (its checksum is right, its content cannot be that of a series)")
 
 
-def _cut(name: str, slot: int, group: Group, header: AnyArray, body: bytes) -> _Blob:
+def _cut(name: str, slot: int, group: Group, header: Header, body: bytes) -> _Blob:
     """Tell the record from what stands behind it."""
-    if not 0 < int(header["window"]) <= _WINDOW_MAX:
-        raise StateError(f"state of {name!r}: a window of {header['window']}; one has 1 to {_WINDOW_MAX} cells")
-    size = _row_size(group, int(header["window"]))
+    if not 0 < header.window <= _WINDOW_MAX:
+        raise StateError(f"state of {name!r}: a window of {header.window}; one has 1 to {_WINDOW_MAX} cells")
+    size = _row_size(group, header.window)
     if len(body) < size:
         raise StateError(
-            f"state of {name!r}: {len(body)} bytes, but a window of {header['window']} needs {size}; "
+            f"state of {name!r}: {len(body)} bytes, but a window of {header.window} needs {size}; "
             "the threshold's ring was changed"
         )
     tail = None
@@ -361,13 +307,12 @@ def _cut(name: str, slot: int, group: Group, header: AnyArray, body: bytes) -> _
             tail = _decode_tail(body[size:])
         except (msgspec.MsgspecError, UnicodeDecodeError):
             raise StateError(
-                f"state of {name!r}: {len(body) - size} bytes too many for a window of {header['window']}; "
+                f"state of {name!r}: {len(body) - size} bytes too many for a window of {header.window}; "
                 "the threshold's ring was changed"
             ) from None
-    row = np.frombuffer(body[:size], row_dtype(group, int(header["window"])))
-    if tail is not None and not _sound_tail(group, tail, row):
-        raise _unsound(name)
-    return _Blob(name, slot, int(header["model"]), body[:size], tail)
+        if not _sound_tail(group, tail, np.frombuffer(body[:size], row_dtype(group, header.window))):
+            raise _unsound(name)
+    return _Blob(name, slot, header.model, body[:size], tail)
 
 
 def _sound_tail(group: Group, tail: _Tail, row: AnyArray) -> bool:

@@ -16,13 +16,13 @@ import numpy as np
 
 from models import repository
 from stream import snapshot
+from stream.blobs import SHADOW, labelled, model_id
 from stream.detector import Detector
 from stream.errors import CheckpointError, ConfigError, StateError, TocsinError
 from stream.inspection import SeriesState, inspected
 from stream.pointslog import Log, LogPart
 from stream.service import roots
 from stream.settings import KafkaSettings, Settings
-from stream.snapshot import SHADOW
 from stream.statefile import Origin, Section
 from stream.store import OFFSET_FIELD, Saved, Store
 from stream.verify import partition_of
@@ -68,7 +68,7 @@ class FoundPartition:
     log: LogPart
     series: int = 0
     bytes: int = 0
-    models: Counter[int] = field(default_factory=Counter)  # `snapshot.model_id` -> blobs
+    models: Counter[int] = field(default_factory=Counter)  # `blobs.model_id` -> blobs
     versions: Counter[int] = field(default_factory=Counter)
     largest: tuple[str, int] | None = None
     refused: list[str] = field(default_factory=list)
@@ -131,7 +131,7 @@ def _count(found: FoundPartition, key: bytes, blob: bytes, layout: np.dtype[Any]
     if found.largest is None or len(blob) > found.largest[1]:
         found.largest = (name, len(blob))
     try:
-        version, model = snapshot.labelled(key, blob, layout)
+        version, model = labelled(key, blob, layout)
     except StateError as e:
         found.refused.append(str(e))
         return
@@ -148,7 +148,7 @@ def model_names(settings: Settings) -> dict[int, str]:
             refs = [f"{name}@{version}" for version in repository.versions(where, name)]
         except CheckpointError:  # whatever is wrong with it, its states can be shown
             continue
-        names |= {snapshot.model_id(ref): ref for ref in refs}
+        names |= {model_id(ref): ref for ref in refs}
     return names
 
 

@@ -20,9 +20,9 @@ from typing import IO, TypeVar
 
 import msgspec
 
+from stream.blobs import SHADOW
 from stream.columns import name_problem
 from stream.errors import InputError
-from stream.snapshot import SHADOW
 
 FORMAT = 1
 _LINE_BYTES_MAX = 64 << 20  # of a file from elsewhere that is read at once

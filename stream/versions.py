@@ -1,6 +1,6 @@
 """Versions of the blobs of `snapshot`: those of earlier ones are brought forward, a step at a time.
 
-`MIGRATIONS` says what leads from each version to the next. Whoever changes the layout raises `snapshot.VERSION`, keeps
+`MIGRATIONS` says what leads from each version to the next. Whoever changes the layout raises `blobs.VERSION`, keeps
 a copy of the layout that was left in here, and adds the step. A step gets blobs that nobody has looked at: it has to
 refuse what is damaged, and leaves a blob whose checksum is right again. The layouts here never change any more.
 """

@@ -214,16 +214,16 @@ def _write_whole(output: Path, origin: Origin, sections: Sequence[Section]) -> N
 
 
 def _series(blobs: Any) -> str:
+    from stream.blobs import SHADOW
     from stream.render import counted
-    from stream.snapshot import SHADOW
 
     names = {key.removesuffix(SHADOW) for key in blobs}
     return names.pop().decode() if len(names) == 1 else counted(len(names), "KPI")
 
 
 def _what(sections: Sequence[Section]) -> str:
+    from stream.blobs import SHADOW
     from stream.render import counted
-    from stream.snapshot import SHADOW
 
     series = sum(not key.endswith(SHADOW) for one in sections for key in one.blobs)
     return f"{counted(series, 'KPI')} of {_listed('partition', [one.partition for one in sections])}"

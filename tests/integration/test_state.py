@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from stream import snapshot, state, statefile
+from stream import state, statefile
+from stream.blobs import VERSION
 from stream.commands import app
 from stream.errors import ConfigError
 from stream.pointslog import Log, read_log
@@ -264,7 +265,7 @@ async def test_a_partition_dropped_is_rebuilt_and_a_state_of_a_later_version_sto
     stored = await site.blobs(shared)
     assert stored is not None
     blob = bytearray(stored.blobs[later.encode()])
-    blob[2] = snapshot.VERSION + 1
+    blob[2] = VERSION + 1
     await site.store.save(*site.at(shared), stored.offset, {later.encode(): bytes(blob)})
     found = await state.find_partition(site.store, site.settings, log, shared)
     assert (found.series, len(found.refused)) == (2, 1)
@@ -284,4 +285,4 @@ async def test_a_partition_dropped_is_rebuilt_and_a_state_of_a_later_version_sto
             own, should = ([one for one in some if "anomaly" in one.type] for some in (own, should))
         assert len(own) >= 2 and digest(own) == digest(should), name
     now = await site.blobs(shared)
-    assert now is not None and now.blobs[later.encode()][2] == snapshot.VERSION
+    assert now is not None and now.blobs[later.encode()][2] == VERSION

@@ -20,6 +20,7 @@ CORE = (
         "detector",
         "group",
         "places",
+        "blobs",
         "snapshot",
         "versions",
         "sound",

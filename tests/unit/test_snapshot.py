@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from models.pot import Health, PotConfig
 from stream import events, snapshot
+from stream.blobs import model_id
 from stream.columns import Columns
 from stream.detector import Detector, Served
 from stream.group import Group
@@ -441,7 +442,7 @@ def test_the_header_says_the_shape_and_ends_with_the_crc32_of_name_header_and_bo
         features = 3 if name.startswith(b"entity") else 1
         assert blob[:12] == b"TK\x03S" + (9).to_bytes(4, "little") + features.to_bytes(4, "little")
         ref = "three@1" if features == 3 else "persistence@1"
-        assert blob[16:24] == snapshot.model_id(ref).to_bytes(8, "little")
+        assert blob[16:24] == model_id(ref).to_bytes(8, "little")
 
 
 @pytest.mark.parametrize("name", [b"", b"\n", b"x" * 600, b"\xff\x00"])

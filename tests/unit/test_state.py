@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from models.pot import PotConfig, Spot
 from stream import snapshot, versions
+from stream.blobs import SHADOW, Header, model_id
 from stream.columns import NAME_BYTES_MAX
 from stream.detector import Detector
 from stream.errors import InputError, StateError
 from stream.events import iso_time
 from stream.inspection import SeriesState, inspected
-from stream.snapshot import SHADOW
 from stream.statefile import FORMAT, Origin, Section, read, write
 from tests.helpers import MINUTE, SMALL_POT, T0, Record, columns, config, detector, normal_points
 
@@ -51,7 +51,7 @@ def test_a_series_that_probes() -> None:
     assert said.last_arrival is None and not said.silent
     assert (said.filled, said.learned, said.incident) == (0.0, 0.0, None)
     assert (said.threshold.health, said.threshold.z_q, said.threshold.n) == ("warming", None, 0)
-    assert said.model == snapshot.model_id("persistence@1")
+    assert said.model == model_id("persistence@1")
 
 
 def test_a_series_with_all_that_there_is() -> None:
@@ -94,7 +94,7 @@ def test_what_cannot_be_read_is_refused_by_name() -> None:
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_header_of_gigabytes_is_refused_before_anything_is_made_of_it(version: int) -> None:
     body = b"\0" * 100
-    header = np.zeros((), snapshot._HEADER)
+    header = np.zeros((), versions._HEADER_2)
     header["magic"], header["version"], header["kind"] = b"TK", version, b"S"
     header["length"] = len(body)
     for window, features in ((2**32 - 1, 2**32 - 1), (0, 1), (1, 0), (2**31, 1)):
@@ -110,10 +110,8 @@ def test_a_threshold_that_none_can_have_is_refused_by_name() -> None:
     layout = snapshot.record_dtype(9, 1, Spot(SMALL_POT).dtype)
     row = np.frombuffer(blob[28:], layout).copy()
     row["threshold"]["q"] = 7.0
-    header = np.frombuffer(blob[:28], snapshot._HEADER)[0].copy()
-    header["crc32"] = versions.checksum(b"a", header.tobytes(), row.tobytes())
     with pytest.raises(StateError, match=r"'a'.*q"):
-        inspected(b"a", header.tobytes() + row.tobytes(), SMALL_POT)
+        inspected(b"a", Header(9, 1, model_id("persistence@1")).sealed(b"a", row.tobytes()), SMALL_POT)
 
 
 LIVE = fed([*normal_points(120), *normal_points(3, name="b")])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from models.pot import PotConfig, Spot
 from stream import snapshot, versions
+from stream.blobs import SHADOW, VERSION
 from stream.columns import Columns
 from stream.detector import Detector, Result, Served
 from stream.errors import StateError
@@ -114,7 +115,7 @@ def test_a_probing_series_of_version_1_finds_its_interval_with_the_points_that_i
 def test_what_is_written_then_is_of_the_version_of_now() -> None:
     fresh, _ = restored(BLOBS_1)
     again = packed(fresh)
-    assert {versions.version_of(blob) for blob in again.values()} == {snapshot.VERSION}
+    assert {versions.version_of(blob) for blob in again.values()} == {VERSION}
     assert packed(restored(again)[0]) == again
 
 
@@ -251,11 +252,9 @@ def test_a_state_of_version_2_goes_on_with_the_same_events() -> None:
 def test_what_is_written_of_version_2_is_smaller_and_of_the_version_of_now() -> None:
     fresh, _ = restored_2()
     again = packed(fresh)
-    assert {versions.version_of(blob) for blob in again.values()} == {snapshot.VERSION}
+    assert {versions.version_of(blob) for blob in again.values()} == {VERSION}
     assert packed(restored_2(again)[0]) == again
-    assert again == {
-        field: versions.brought_to(snapshot.VERSION, field, blob, LAYOUT) for field, blob in BLOBS_2.items()
-    }
+    assert again == {field: versions.brought_to(VERSION, field, blob, LAYOUT) for field, blob in BLOBS_2.items()}
     assert all(len(again[field]) < len(blob) for field, blob in BLOBS_2.items())
 
 
@@ -306,9 +305,9 @@ def test_any_content_of_version_2_under_a_right_checksum_is_taken_or_refused(
     for at, value in changes:
         blob[HEADER_2 + at % (len(blob) - HEADER_2)] = value
     fresh, outcome = restored_2({name: sealed_2(bytes(blob), name)})
-    if not name.endswith(snapshot.SHADOW):  # that alone is no series
+    if not name.endswith(SHADOW):  # that alone is no series
         assert outcome.series == 1 or len(outcome.refused) == 1
-    assert len({field.removesuffix(snapshot.SHADOW) for field in packed(fresh)}) == outcome.series
+    assert len({field.removesuffix(SHADOW) for field in packed(fresh)}) == outcome.series
 
 
 # -- any version ------------------------------------------------------------------------------------------------------
@@ -331,7 +330,7 @@ def test_steps_are_taken_one_after_the_other(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_later_version_is_refused_by_name_and_stops_no_other() -> None:
     now = packed(restored(BLOBS_1)[0])
     later = bytearray(now[b"short"])
-    later[2] = snapshot.VERSION + 1
+    later[2] = VERSION + 1
     fresh, outcome = restored(now | {b"short": bytes(later)})
     assert outcome.series == 2
     assert [str(problem) for problem in outcome.refused] == [
@@ -352,7 +351,7 @@ def test_the_layout_of_the_last_step_is_that_of_now() -> None:
             assert versions._rows_2_and_3(window, features, LAYOUT)[1] == snapshot.record_dtype(
                 window, features, LAYOUT
             )
-    assert max(versions.MIGRATIONS) == snapshot.VERSION - 1
+    assert max(versions.MIGRATIONS) == VERSION - 1
 
 
 def test_every_step_refuses_noise() -> None:
@@ -361,7 +360,7 @@ def test_every_step_refuses_noise() -> None:
         for size in range(0, 400, 7):
             noise = versions.MAGIC + bytes([version]) + rng.bytes(size)
             with pytest.raises(StateError, match="'x'"):
-                versions.brought_to(snapshot.VERSION, b"x", noise, LAYOUT)
+                versions.brought_to(VERSION, b"x", noise, LAYOUT)
 
 
 @given(
