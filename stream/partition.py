@@ -81,8 +81,23 @@ class Partition:
     """A partition that this worker owns, from `start` to `stop`."""
 
     def __init__(
-        self, at: TopicPartition, settings: Settings, make_detector: Callable[[], Detector], store: Store
+        self,
+        at: TopicPartition,
+        settings: Settings,
+        make_detector: Callable[[], Detector],
+        store: Store,
+        restoring: asyncio.Lock | None = None,
     ) -> None:
+        """Make a partition that has not begun.
+
+        Args:
+            at: which one.
+            settings: of the service.
+            make_detector: makes its detector.
+            store: keeps its state.
+            restoring: of all partitions of a worker: restored one after the other the first of them judges points
+                while the last one waits, and none later than if they shared the processor.
+        """
         self.at = at
         self.settings = settings
         self.detector = make_detector()
@@ -97,6 +112,7 @@ class Partition:
         self.rejected = 0
         self._outbox: Outbox | None = None
         self._consumer: AIOKafkaConsumer | None = None
+        self._restoring = restoring or asyncio.Lock()
         self._judging = asyncio.Lock()  # held while the detector is at work in a thread
         self._pending = _Pending()
         self._trying: _Settlement | None = None  # the transaction that was begun last
@@ -155,7 +171,8 @@ class Partition:
     async def _restore(self, consumer: AIOKafkaConsumer) -> None:
         begun = await find_beginning(consumer, self.at, self.settings, self.store, self._store_trouble)
         if begun.state is not None:
-            series = await asyncio.to_thread(self._unpack, self.detector, begun.state.blobs)
+            async with self._restoring:
+                series = await asyncio.to_thread(self._unpack, self.detector, begun.state.blobs)
             self.flushed, self._flushed_ms = begun.state.offset, begun.known.ms
             log.info("%s: restored %d series as of offset %d", self.at, series, begun.state.offset)
         self._committed = begun.committed

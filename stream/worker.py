@@ -67,6 +67,7 @@ class Worker:
         self.make_detector = detectors(None if rules_file is None else rules_file.current)
         self._next_detector: Callable[[], Detector] | None = None
         self._making = asyncio.Lock()
+        self._restoring = asyncio.Lock()
         self.partitions: dict[TopicPartition, Partition] = {}
         self.assigned = asyncio.Event()  # set once the first assignment is complete
         self._stop = asyncio.Event()
@@ -286,7 +287,7 @@ class Worker:
         while True:
             await asyncio.sleep(pause_s)
             made_by = self.make_detector
-            partition = Partition(at, self.settings, made_by, self.store)
+            partition = Partition(at, self.settings, made_by, self.store, self._restoring)
             try:
                 await partition.start(self._consumer)
                 break
