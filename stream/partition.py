@@ -469,7 +469,7 @@ class Partition:
                 blobs,
                 deleted=gone - blobs.keys(),  # some are back
                 base=None if whole else self.flushed,
-                base_clock=self._flushed_ms,
+                base_clock_ms=self._flushed_ms,
                 whole=whole,
             )
         except BaseException:

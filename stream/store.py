@@ -236,7 +236,7 @@ class Store:
         *,
         deleted: Collection[bytes] = (),
         base: int | None = None,
-        base_clock: int = 0,
+        base_clock_ms: int = 0,
         whole: bool = False,
         back: bool = False,
     ) -> Saved:
@@ -253,7 +253,7 @@ class Store:
             blobs: series -> its state.
             deleted: series to forget.
             base: offset of the stored state that this is a change of, the last one saved or loaded; None: not checked.
-            base_clock: the clock of that state, ms since 1970: a replica that has taken the store's place may have one
+            base_clock_ms: the clock of that state, ms since 1970: a replica that has taken the store's place may have one
                 of the same offset that lacks what came of a later clock.
             whole: `blobs` is all there is: whatever is stored is replaced.
             back: even if it is a later state. For people only, who put an old one back: a worker must not.
@@ -275,7 +275,7 @@ class Store:
                     # one step. A script would do too, at the price of copying all blobs through Lua.
                     await call("WATCH", key)
                     stored, clock = map(_parsed, await call("HMGET", key, OFFSET_FIELD, CLOCK_FIELD))
-                    refused = _refused(stored, offset, None if whole else base, (clock or 0) < base_clock)
+                    refused = _refused(stored, offset, None if whole else base, (clock or 0) < base_clock_ms)
                     if refused is not None and not (back and refused is Saved.OUTDATED):
                         await call("UNWATCH")
                         return refused

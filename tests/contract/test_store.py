@@ -154,10 +154,10 @@ async def test_nor_on_top_of_one_of_the_same_offset_that_lacks_what_the_clock_ha
         return {CLOCK_FIELD: b"%d" % clock_ms} | {series.encode(): blob for series, blob in blobs.items()}
 
     await store.save(*AT, 10, state(500, a=b"heard"))
-    assert await store.save(*AT, 11, state(700), base=10, base_clock=600) is Saved.LOST
-    assert await store.save(*AT, 10, state(600, a=b"silent"), base=10, base_clock=500)
-    assert await store.save(*AT, 10, state(650), base=10, base_clock=500), "its answer was lost"
-    assert await store.save(*AT, 11, state(700), base=10, base_clock=650)
+    assert await store.save(*AT, 11, state(700), base=10, base_clock_ms=600) is Saved.LOST
+    assert await store.save(*AT, 10, state(600, a=b"silent"), base=10, base_clock_ms=500)
+    assert await store.save(*AT, 10, state(650), base=10, base_clock_ms=500), "its answer was lost"
+    assert await store.save(*AT, 11, state(700), base=10, base_clock_ms=650)
     assert await store.load(*AT) == PartitionState(11, state(700, a=b"silent"))
 
 
