@@ -253,8 +253,8 @@ class Store:
             blobs: series -> its state.
             deleted: series to forget.
             base: offset of the stored state that this is a change of, the last one saved or loaded; None: not checked.
-            base_clock_ms: the clock of that state, ms since 1970: a replica that has taken the store's place may have one
-                of the same offset that lacks what came of a later clock.
+            base_clock_ms: the clock of that state, ms since 1970: a replica that has taken the store's place may have
+                one of the same offset that lacks what came of a later clock.
             whole: `blobs` is all there is: whatever is stored is replaced.
             back: even if it is a later state. For people only, who put an old one back: a worker must not.
 
