@@ -24,7 +24,9 @@ _T = TypeVar("_T", bound=np.generic)
 
 def grown(array: npt.NDArray[_T], rows: int, fresh: object = 0) -> npt.NDArray[_T]:
     """Return an array with room for so many rows: those that are there, and behind them fresh ones."""
-    larger = np.full((rows, *array.shape[1:]), fresh, array.dtype)
+    shape = (rows, *array.shape[1:])
+    # The system gives zeros when they are first touched: what is in reserve takes no memory yet.
+    larger = np.full(shape, fresh, array.dtype) if fresh else np.zeros(shape, array.dtype)
     larger[: len(array)] = array
     return larger
 

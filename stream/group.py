@@ -105,7 +105,6 @@ class Group:
         self.windows = Windows(self.window, self.features)
         self.threshold = Spot(config.pot, prior=served.prior)
         self.incidents = Incidents()
-        self.rule: Int64Array = np.zeros(0, np.int64)
         self.series: Int32Array = np.zeros(0, np.int32)  # slot of each row in the detector; -1 of a copy
         self.q: Float64Array = np.zeros(0)
         self.first_score_ms: Int64Array = np.zeros(0, np.int64)
@@ -120,6 +119,11 @@ class Group:
         self.stamp: Int64Array = np.zeros((0, self.window), np.int64)
         self.published: dict[int, list[Statement]] = {}
         self.fills: dict[int, list[tuple[int, int, float]]] = {}  # newest cell then, cell, value of what only filled in
+
+    @property
+    def rule(self) -> Int64Array:
+        """Row of the policy table of each series."""
+        return self.placing.rule
 
     # -- series -----------------------------------------------------------------------------------------------------
 
@@ -142,8 +146,8 @@ class Group:
         slots = np.array([self._row(name, count) for name, count in zip(names, rows.tolist(), strict=True)], np.int64)
         self._make_room(len(self.names))
         for slot, count, rule, wait in zip(slots.tolist(), rows.tolist(), rules, waiting, strict=True):
-            self.rule[slot : slot + count] = rule
             self.placing.add(slot, rule, wait)
+            self.rule[slot : slot + count] = rule
         self.corrects[slots] = corrects
         self.series[slots] = series
         self.threshold.set_drift(slots, self.table.drift[self.rule[slots]])
@@ -187,7 +191,7 @@ class Group:
     def _make_room(self, rows: int) -> None:
         if rows <= self.capacity:
             return
-        new = max(rows, self.capacity + self.capacity // 4, _FIRST_CAPACITY)  # a KPI is 2 kB: little in reserve
+        new = max(rows, self.capacity + self.capacity // 8, _FIRST_CAPACITY)  # a KPI is 2 kB: little in reserve
         for part in (self.placing, self.windows, self.threshold, self.incidents):
             part.resize(new)
         if self.waits:
@@ -202,7 +206,6 @@ class Group:
     def _arrays(rows: int, correcting: int) -> tuple[tuple[str, float, int], ...]:
         """Return the arrays that are kept here: name, value of a fresh row, rows."""
         return (
-            ("rule", 0, rows),
             ("series", -1, rows),
             ("q", 0.0, rows),
             ("first_score_ms", NEVER, rows),
@@ -210,7 +213,7 @@ class Group:
             ("member", 0, rows),
             ("ahead", np.nan, rows),
             ("corrects", False, rows),
-            ("copied", NONE, rows),
+            ("copied", NONE, correcting),
             ("raw", np.nan, correcting),
             ("stamp", 0, correcting),
         )
@@ -222,7 +225,12 @@ class Group:
         if self.waits:
             closed = np.where(self.windows.filled[slot] > 0, self.windows.newest[slot], NONE)
             self.waiting.closed[slot], self.waiting.newest[slot] = closed, closed
-        self.copied[slot] = NONE
+        self._forget_copies(slot)
+
+    def _forget_copies(self, slot: Int32Array) -> None:
+        """Let series, (K,), not go back to before now; where none corrects its events there are no copies."""
+        if len(self.copied):
+            self.copied[slot] = NONE
 
     def _set_risk(self, slot: Int32Array | Int64Array) -> None:
         """Give series the risk that their rules ask for at the intervals that they have."""
@@ -245,7 +253,7 @@ class Group:
             if len(regridded):
                 self.windows.begin(regridded, self.windows.origin[regridded])
                 self.windows.forget_steps(regridded)
-                self.copied[regridded] = NONE
+                self._forget_copies(regridded)
                 for one in regridded.tolist():  # what was said of another grid stands
                     if one in self.published:
                         for statement in self.published[one]:
@@ -359,7 +367,7 @@ class Group:
         slot, cell, value = wave.slot, wave.cell, wave.value
         if wave.kind.any() and (restart := wave.kind == _Kind.RESTART).any():
             self._begin(slot[restart], value[restart])
-            self.copied[slot[restart]] = NONE
+            self._forget_copies(slot[restart])
         if (corrects := self.corrects[slot]).any():
             self._copy(slot[corrects], cell[corrects])
             self.raw[slot[corrects], cell[corrects] % self.window] = value[corrects]

@@ -3,7 +3,8 @@
 restart   seconds from a worker's start to its first scored point with the state of 100,000 KPIs in the store, and the
           ratio to a bare read of the same bytes from it
 heal      seconds until a worker whose store was flushed has gone through the log of 10,000 KPIs again, muted
-memory    bytes of a KPI at W = 120, in the store and in the process
+memory    bytes of a KPI at W = 120, in the store and in the process: what 80,000 more make resident there, known from
+          the beginning as after a restart, or new to it one batch after the other
 soak      resident memory of a service at full speed, after the first minute and at the end (--minutes, 10)
 
 The broker is the Apache Kafka that TOCSIN_TEST_KAFKA_HOME names, the store the embedded one.
@@ -16,11 +17,14 @@ import asyncio
 import gc
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import confluent_kafka
 import numpy as np
@@ -136,17 +140,9 @@ async def _work(settings: Settings, points: int) -> float:
     return seconds
 
 
-async def memory(store: StoreServer, kpis: int, window: int = 120) -> None:
-    load = Load.make(kpis, 2)
-    names = [load.name(kpi) for kpi in range(kpis)]
-    before = psutil.Process().memory_info().rss
-    rules = (Rule(policy=Policy(interval_ms=60_000)),)
-    made = Detector(DetectorConfig(), rules, [Served("persistence@1", Persistence(window=window))])
-    slot = np.array([made.index[name] for name in names], np.int32)
-    for step in range(window + 2):
-        made.accept(Columns.of(slot, np.full(kpis, 60_000 * step), load.value[step % 2]))
-    gc.collect()
-    process = (psutil.Process().memory_info().rss - before) / kpis
+async def memory(store: StoreServer, window: int = 120) -> None:
+    kpis = _RESIDENT[0]
+    made = _made(kpis, kpis, window, known=True)
     blobs = snapshot.pack(made, np.arange(kpis, dtype=np.int32))
     async with Store(store.url, prefix="memory") as keeper:
         await keeper.save("g", "t", 0, 0, blobs, whole=True)
@@ -154,7 +150,64 @@ async def memory(store: StoreServer, kpis: int, window: int = 120) -> None:
         used = await client.memory_usage("memory:g:t:0", samples=0)
         await client.aclose()
     say("memory, store", (used or 0) / kpis, "B/KPI", window=window, blob=len(next(iter(blobs.values()))))
-    say("memory, process", process, "B/KPI", window=window, kpis=kpis)
+    del made, blobs
+    for known, kind in ((True, "restored"), (False, "new")):
+        few, many = (_in_a_process(kpis, window, known) for kpis in _RESIDENT)
+        each = (many[0] - few[0]) / (_RESIDENT[1] - _RESIDENT[0])
+        say(f"memory, process, {kind} KPIs", each, "B/KPI", window=window, kpis=_RESIDENT, counted=round(many[1]))
+
+
+_RESIDENT = (20_000, 100_000)  # KPIs; what a process needs anyway, temporaries of a batch too, is in both
+_POLL = 20_000  # points in a batch, as the service has them at most
+
+
+def _in_a_process(kpis: int, window: int, known: bool) -> tuple[int, float]:
+    """Return resident bytes of a fresh process with so many KPIs, and the bytes of a KPI in arrays, lists and names."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_resident, kpis, window, known).result()
+
+
+def _resident(kpis: int, window: int, known: bool) -> tuple[int, float]:
+    use_one_thread()
+    made = _made(kpis, _POLL, window, known=known)
+    counted = sum(sys.getsizeof(part) for part in (made.index, made.index.names, made.groups[0].names))
+    counted += sum(sys.getsizeof(name) + sys.getsizeof(slot) for name, slot in made.index.items())
+    for array in _arrays(made, set()):
+        counted += array.nbytes
+        array.reshape(-1).view(np.uint8)[::4096] |= 0  # a page that nothing was written to is not resident
+    gc.collect()
+    return psutil.Process().memory_info().rss, counted / kpis
+
+
+def _made(kpis: int, batch: int, window: int, *, known: bool) -> Detector:
+    """Return a detector of KPIs with full windows: all known from the beginning, or new with their first points."""
+    rules = (Rule(policy=Policy(interval_ms=60_000)),)
+    made = Detector(DetectorConfig(), rules, [Served("persistence@1", Persistence(window=window))])
+    load = Load.make(batch, 2)
+    if known:
+        for kpi in range(kpis):
+            made.index[load.name(kpi)]
+        made.admit()
+    for step in range(window + 2):
+        for begin in range(0, kpis, batch):
+            end = min(begin + batch, kpis)
+            slot = np.array([made.index[load.name(k)] for k in range(begin, end)], np.int32)
+            made.accept(Columns.of(slot, np.full(len(slot), 60_000 * step), load.value[step % 2][: len(slot)]))
+    return made
+
+
+def _arrays(part: object, seen: set[int]) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+    """Yield the arrays of an object and of all that it is made of."""
+    if id(part) in seen:
+        return
+    seen.add(id(part))
+    if isinstance(part, np.ndarray):
+        yield part
+    elif isinstance(part, dict | list | tuple) and len(part) < 1_000:  # names are counted apart
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from _arrays(inner, seen)
+    if hasattr(part, "__dict__"):
+        yield from _arrays(vars(part), seen)
 
 
 async def soak(broker: KafkaServer, store: StoreServer, kpis: int, minutes: float) -> None:
@@ -226,7 +279,7 @@ async def run(given: argparse.Namespace) -> None:
     for part in given.parts:  # servers of its own each
         async with StoreServer() as store:
             if part == "memory":
-                await memory(store, 20_000)
+                await memory(store)
                 continue
             async with KafkaServer({"log.retention.check.interval.ms": "5000"}) as broker:
                 if part == "restart":
