@@ -100,12 +100,13 @@ class Windows:
             values (K, W, F) float64 in raw units and learned (K, W, F) bool.
         """
         at = slot[:, None].astype(np.intp) * self.window + self._turn[cell % self.window]  # (K, W), flat ring positions
-        relative = self.seen.reshape(-1, self.features)[at]  # (K, W, F) float32
+        relative = self.seen.reshape(-1, self.features).take(at, axis=0)  # (K, W, F) float32
         learned = np.ones(relative.shape, np.bool_)
         odd = np.flatnonzero((self.learned_bits[slot] != self._all_learned).any(axis=(1, 2)))
         if len(odd):
-            turn = self._turn[cell[odd] % self.window]
-            learned[odd] = np.take_along_axis(self.learned(slot[odd]), turn[:, :, None], axis=1)
+            rings = self.learned(slot[odd]).reshape(-1, self.features)
+            at = np.arange(0, len(rings), self.window)[:, None] + self._turn[cell[odd] % self.window]
+            learned[odd] = rings.take(at, axis=0)
         return relative + self.origin[slot][:, None, :], learned
 
     def learned(self, slot: Int32Array) -> BoolArray:
