@@ -310,19 +310,19 @@ def _cut(name: str, slot: int, group: Group, header: Header, body: bytes) -> _Bl
                 f"state of {name!r}: {len(body) - size} bytes too many for a window of {header.window}; "
                 "the threshold's ring was changed"
             ) from None
-        if not _sound_tail(group, tail, np.frombuffer(body[:size], row_dtype(group, header.window))):
+        if not _sound_tail(group, tail, header.window, body[:size]):
             raise _unsound(name)
     return _Blob(name, slot, header.model, body[:size], tail)
 
 
-def _sound_tail(group: Group, tail: _Tail, row: AnyArray) -> bool:
-    """Say whether what stands behind a record, (1,), can be of its series."""
+def _sound_tail(group: Group, tail: _Tail, window: int, record: bytes) -> bool:
+    """Say whether what stands behind a record can be of its series; what is withheld is looked at of all at once."""
     if not sound_points([*tail.held, *tail.open], group.features):
         return False
     past = tail.revisable
     if past is None:
         return True
-    window = row.dtype["seen"].shape[0]
+    row = np.frombuffer(record, row_dtype(group, window))
     if len(past.copies) != 2 * row.dtype.itemsize or len(past.stamp) * group.features != len(past.raw):
         return False
     copies = np.frombuffer(past.copies, row.dtype).copy()
