@@ -9,6 +9,7 @@ TOCSIN_TEST_REDIS_URL          a Redis of yours; takes the place of the embedded
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import signal
@@ -107,6 +108,17 @@ def data_dir() -> Path:
     if not Path(given).is_dir():
         pytest.skip(f"TOCSIN_TEST_DATA={given}: no such directory")
     return Path(given)
+
+
+@pytest.fixture
+def logs_as_before() -> Iterator[None]:
+    """Undo what a command does to the logs of its process."""
+    root, kafka = logging.getLogger(), logging.getLogger("aiokafka")
+    handlers, levels = list(root.handlers), (root.level, kafka.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    kafka.setLevel(levels[1])
 
 
 @pytest.fixture

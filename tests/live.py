@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import time
@@ -18,6 +19,7 @@ from stream.kafka import client_options, points_producer
 from stream.sample import generate
 from stream.service import detector_factory, make_worker, use_one_thread
 from stream.settings import KafkaSettings, Settings, load_settings
+from stream.topics import ensure_topics
 from stream.verify import end_offsets, expected, partition_of
 from stream.worker import Worker
 
@@ -44,14 +46,33 @@ def environment_for(bootstrap: str, redis_url: str, unique: str, **more: str) ->
     } | more
 
 
+@functools.cache
 def sample_points(days: int = 14) -> Points:
-    """Return some days of three KPIs, merged by time; of two weeks some 12,000 points with incidents in each."""
+    """Return some days of three KPIs, merged by time; of two weeks some 12,000 points with incidents in each.
+
+    Three days have 2,400 points, an incident or two of each KPI, and one time when it is silent.
+    """
     kinds = ("requests", "cpu", "memory")
     return backtest.sample_points([generate(days, 300, seed, START_MS, kind=kind) for seed, kind in enumerate(kinds)])
 
 
 def backtested(points: Points, settings: Settings) -> list[Event]:
-    """Return the events of a back-test, partition by partition: silence goes by what the others of one send."""
+    """Return the events of a back-test, partition by partition: silence goes by what the others of one send.
+
+    That of the same points and settings is computed once a process; names of topics and the like do not matter.
+    """
+    if settings.rules:  # a file, which may change
+        return _backtested(points, settings)
+    said_by = settings.model_dump_json(exclude={"kafka", "redis"}), settings.kafka.partitions, id(points)
+    if said_by not in _KNOWN:
+        _KNOWN[said_by] = points, _backtested(points, settings)  # the points too: another's must not get their id
+    return [*_KNOWN[said_by][1]]
+
+
+_KNOWN: dict[tuple[str, int, int], tuple[Points, list[Event]]] = {}
+
+
+def _backtested(points: Points, settings: Settings) -> list[Event]:
     use_one_thread()
     partition = {name: partition_of(name, settings.kafka.partitions) for name in points.names}
     return expected(points, partition, detector_factory(settings))
@@ -81,6 +102,12 @@ async def working(settings: Settings) -> AsyncIterator[Worker]:
             await task
         finally:
             await worker.store.close()
+
+
+async def make_topics(kafka: KafkaSettings) -> None:
+    """Make the topics of a service that is not there yet."""
+    topics = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic, kafka.shadow_topic)
+    await ensure_topics(kafka, dict.fromkeys(topics, kafka.partitions))
 
 
 async def send(

@@ -27,9 +27,6 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     NewTopic,
     ResourcePatternType,
     ResourceType,
-    ScramMechanism,
-    UserScramCredentialAlteration,
-    UserScramCredentialDeletion,
 )
 from cryptography.hazmat.primitives.asymmetric import rsa
 from redis.asyncio import Redis
@@ -168,13 +165,6 @@ class SecureKafka(KafkaServer):
         deadline = time.monotonic() + 20
         while not condition(set(map(str, self.admin.describe_acls(everything).result(20)))):
             assert time.monotonic() < deadline, "rights are not as they were set"
-
-    def dismiss(self, user: str) -> None:
-        """Take a user's SCRAM password away, as when someone leaves; connections that are there stay."""
-        kinds = (ScramMechanism.SCRAM_SHA_256, ScramMechanism.SCRAM_SHA_512)
-        gone: list[UserScramCredentialAlteration] = [UserScramCredentialDeletion(user, kind) for kind in kinds]
-        for done in self.admin.alter_user_scram_credentials(gone).values():
-            done.result(20)
 
 
 _MODULES = "org.apache.kafka.common.security"

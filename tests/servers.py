@@ -78,7 +78,30 @@ def memory_dir(prefix: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=prefix, dir=memory if os.access(memory, os.W_OK) else None)).resolve()
 
 
-class Server(abc.ABC):
+class Startable(abc.ABC):
+    """What runs for the length of an `async with`."""
+
+    @abc.abstractmethod
+    async def start(self) -> None: ...
+
+    @abc.abstractmethod
+    def close(self) -> None: ...
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Server(Startable):
     """A server on a port of its own that keeps both port and data from `start` to `start`; `close` throws them away."""
 
     start_s = 20.0
@@ -140,19 +163,6 @@ class Server(abc.ABC):
         if self.child is not None:
             self.child.kill()
         shutil.rmtree(self.dir, ignore_errors=True)
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Broker(Server):
@@ -254,7 +264,7 @@ _CLUSTER_CONFIG = {
 }
 
 
-class KafkaCluster:
+class KafkaCluster(Startable):
     """Three nodes of Apache Kafka, each broker and controller; one may be down.
 
     async with KafkaCluster() as cluster:
@@ -275,18 +285,9 @@ class KafkaCluster:
     def bootstrap(self) -> str:
         return ",".join(node.bootstrap for node in self.nodes)
 
-    async def __aenter__(self) -> Self:
-        try:
-            await asyncio.gather(*(node.start() for node in self.nodes))
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    async def start(self) -> None:
+        """Start all nodes, together."""
+        await asyncio.gather(*(node.start() for node in self.nodes))
 
     def close(self) -> None:
         """End all nodes and remove their data."""

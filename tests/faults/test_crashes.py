@@ -16,12 +16,12 @@ from stream.events import decode
 from stream.replay import replay
 from stream.settings import Settings
 from stream.subscribe import subscribe
-from stream.topics import ensure_topics
 from tests.live import (
     DEADLINE_S,
     backtested,
     digest,
     environment_for,
+    make_topics,
     published,
     read_all,
     sample_points,
@@ -30,10 +30,10 @@ from tests.live import (
     working,
 )
 
-POINTS = sample_points(days=6)
+POINTS = sample_points(days=3)
 MORE = {
     "TOCSIN_REDIS__FLUSH_INTERVAL_S": "0.1",
-    "TOCSIN_KAFKA__MAX_POLL_RECORDS": "200",  # many small steps
+    "TOCSIN_KAFKA__MAX_POLL_RECORDS": "100",  # many small steps
     "TOCSIN_KAFKA__INSTANCE": "one",  # a static member is back at once
 }
 
@@ -62,8 +62,7 @@ async def test_a_crash_at_a_step_changes_no_byte(
 ) -> None:
     environment = environment_for(broker, redis_url, unique, **MORE)
     settings = settings_for(broker, redis_url, unique, **MORE)
-    topics = (settings.kafka.points_topic, settings.kafka.anomalies_topic, settings.kafka.rejects_topic)
-    await ensure_topics(settings.kafka, dict.fromkeys(topics, settings.kafka.partitions))
+    await make_topics(settings.kafka)
     await replay(POINTS, settings.kafka)
     await crash(settings, dict(environment), step, number)
     async with working(settings):
@@ -82,8 +81,7 @@ async def test_at_least_once_repeats_what_bears_the_same_id_and_a_subscriber_dro
         environment_for(broker, redis_url, unique, **more),
         settings_for(broker, redis_url, unique, **more),
     )
-    topics = (settings.kafka.points_topic, settings.kafka.anomalies_topic, settings.kafka.rejects_topic)
-    await ensure_topics(settings.kafka, dict.fromkeys(topics, settings.kafka.partitions))
+    await make_topics(settings.kafka)
     await replay(POINTS, settings.kafka)
     for _ in range(3):
         await crash(settings, dict(environment), "produced", 4)  # outputs are there, the offset is not

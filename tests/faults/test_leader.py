@@ -8,10 +8,9 @@ import pytest
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-from stream.topics import ensure_topics
 from tests.faults.judge import judge_events, judge_rejects, read_committed, refusals
 from tests.faults.stage import Progress, Sender
-from tests.live import backtested, sample_points, settings_for, until, working
+from tests.live import backtested, make_topics, sample_points, settings_for, until, working
 from tests.servers import KafkaCluster, KafkaServer, StoreServer, why_no_kafka
 
 POINTS = sample_points(days=7)
@@ -26,8 +25,7 @@ async def test_a_leader_stopped_and_one_killed_change_no_event(unique: str, capl
     async with KafkaCluster() as cluster, StoreServer() as store:
         settings = settings_for(cluster.bootstrap, store.url, unique)
         kafka = settings.kafka
-        topics = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic, kafka.shadow_topic)
-        await ensure_topics(cluster.bootstrap, dict.fromkeys(topics, kafka.partitions))
+        await make_topics(kafka)
         progress = Progress(cluster.bootstrap, kafka)
         limit = 0.2
         sender = Sender(cluster.bootstrap, kafka, POINTS, progress, _AHEAD, 1, lambda: limit)

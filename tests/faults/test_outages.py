@@ -34,7 +34,7 @@ from tests.live import (
 )
 from tests.servers import KafkaServer, why_no_kafka
 
-POINTS = sample_points(days=6)
+POINTS = sample_points(days=3)
 
 
 async def test_a_model_that_takes_longer_than_a_session_keeps_its_partitions(

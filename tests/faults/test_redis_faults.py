@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import pytest
@@ -86,9 +85,8 @@ async def bench(embedded_broker: str, unique: str, caplog: pytest.LogCaptureFixt
             await one.redis.aclose()
 
 
-@cache
 def expected() -> str:
-    """Return the digest of the back-test; the same for all tests."""
+    """Return the digest of the back-test."""
     return digest(backtested(POINTS, settings_for("none:1", "redis://none", "back-test")))
 
 

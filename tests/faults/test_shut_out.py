@@ -25,7 +25,6 @@ from stream.outbox import Outgoing, TransactionalOutbox
 from stream.partition import Partition
 from stream.replay import replay
 from stream.settings import KafkaSettings, Settings
-from stream.topics import ensure_topics
 from stream.verify import end_offsets
 from tests.faults.dying import SESSION_TIMEOUT_MS, short_lived
 from tests.faults.judge import judge_events, judge_rejects, read_committed, refusals
@@ -36,6 +35,7 @@ from tests.live import (
     backtested,
     digest,
     environment_for,
+    make_topics,
     published,
     read_all,
     sample_points,
@@ -96,8 +96,7 @@ async def test_a_producer_that_learns_of_it_between_two_records(
 ) -> None:
     """aiokafka says then that it is not in a transaction: an error of another kind than the broker's."""
     settings = settings_for(kafka, "redis://none", unique).kafka
-    topics = (settings.points_topic, settings.anomalies_topic)
-    await ensure_topics(settings, dict.fromkeys(topics, 1))
+    await make_topics(settings)
     at, real = TopicPartition(settings.points_topic, 0), AIOKafkaProducer.send
     outbox = TransactionalOutbox(at, settings)
     outgoing = [Outgoing(settings.anomalies_topic, b"a", b"%d" % number, []) for number in range(2)]
@@ -206,8 +205,7 @@ class Sent:
 async def sending(bootstrap: str, settings: Settings) -> AsyncIterator[Sent]:
     """Send points, some of them unreadable: each transaction holds a record, so that the broker knows of it."""
     kafka = settings.kafka.model_copy(update={"bootstrap_servers": bootstrap})
-    topics = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic, kafka.shadow_topic)
-    await ensure_topics(kafka, dict.fromkeys(topics, kafka.partitions))
+    await make_topics(kafka)
     sent = Sent(bootstrap, kafka)
     task = asyncio.create_task(sent.sender.run())
     try:

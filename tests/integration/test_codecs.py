@@ -19,8 +19,8 @@ from tests.live import (
 )
 
 CODECS = ("none", "gzip", "snappy", "lz4", "zstd")
-POINTS = sample_points()
-CHUNK = 500  # points of one codec, after which the next takes its turn
+POINTS = sample_points(3)
+CHUNK = 200  # points of one codec, after which the next takes its turn
 
 
 def send_packed(bootstrap: str, topic: str) -> None:

@@ -14,12 +14,12 @@ import pytest
 from stream.csvfile import Points
 from stream.events import TYPE_RESUMED, TYPE_SILENT, decode
 from stream.replay import replay
-from stream.topics import ensure_topics
 from tests.live import (
     DEADLINE_S,
     backtested,
     digest,
     environment_for,
+    make_topics,
     published,
     read_all,
     sample_points,
@@ -28,7 +28,7 @@ from tests.live import (
     working,
 )
 
-POINTS = sample_points()
+POINTS = sample_points(5)
 
 
 async def test_live_equals_backtest(broker: str, redis_url: str, unique: str) -> None:
@@ -67,13 +67,12 @@ async def test_kill_9_in_the_middle_changes_no_byte(broker: str, redis_url: str,
     rules.write_text(f"rules:\n  - match: '*'\n    topic: {further}\n")
     settings = settings_for(broker, redis_url, unique, TOCSIN_RULES=str(rules))
     kafka, total = settings.kafka, len(POINTS.value)
-    topics = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic)
-    await ensure_topics(broker, dict.fromkeys(topics, kafka.partitions))
+    await make_topics(kafka)
     await replay(POINTS, kafka)
     more = {
         "TOCSIN_RULES": str(rules),
         "TOCSIN_REDIS__FLUSH_INTERVAL_S": "0.2",
-        "TOCSIN_KAFKA__MAX_POLL_RECORDS": "200",  # many small steps, for the kills to fall between
+        "TOCSIN_KAFKA__MAX_POLL_RECORDS": "100",  # many small steps, for the kills to fall between
         "TOCSIN_KAFKA__INSTANCE": "one",  # a static member is back at once; the dead self of another must run out first
     }
     environment = os.environ | environment_for(broker, redis_url, unique, **more)
@@ -85,7 +84,7 @@ async def test_kill_9_in_the_middle_changes_no_byte(broker: str, redis_url: str,
         )
         try:
             restored.append(await _until_assigned(process))
-            committed = await until_committed(kafka, committed + 500 if kill else total)
+            committed = await until_committed(kafka, committed + 300 if kill else total)
             if kill:
                 assert committed < total, "the kill came too late to prove anything"
             else:

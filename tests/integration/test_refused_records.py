@@ -9,11 +9,13 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from stream.errors import BrokerError
+from stream.outbox import TransactionalOutbox
 from stream.replay import replay
 from stream.service import make_worker
+from tests.faults.dying import short_lived
 from tests.live import backtested, digest, published, read_all, sample_points, settings_for, until_committed, working
 
-POINTS = sample_points()
+POINTS = sample_points(3)
 
 
 async def narrow_topic(bootstrap: str, topic: str, most_bytes: int) -> None:
@@ -38,8 +40,10 @@ def further(unique: str, tmp_path: Path) -> tuple[str, Path]:
 
 
 async def test_a_refused_event_holds_its_transaction_back_and_ends_the_worker(
-    kafka: str, redis_url: str, unique: str, further: tuple[str, Path]
+    kafka: str, redis_url: str, unique: str, further: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What it leaves open the broker aborts, after a minute by default: nobody reads further before.
+    monkeypatch.setattr(TransactionalOutbox, "_made", short_lived)
     topic, rules = further
     await narrow_topic(kafka, topic, 100)
     settings = settings_for(kafka, redis_url, unique, TOCSIN_RULES=str(rules))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -185,18 +184,7 @@ async def test_a_retry_killed_in_the_middle_is_gone_on_with(
     assert Counter(record.key for record in await points(settings)) == {b"k%d" % i: 1 for i in range(8000)}
 
 
-@pytest.fixture
-def _logs_as_before() -> Iterator[None]:
-    """Undo what a command does to the logs of its process."""
-    root, kafka = logging.getLogger(), logging.getLogger("aiokafka")
-    handlers, levels = list(root.handlers), (root.level, kafka.level)
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    kafka.setLevel(levels[1])
-
-
-@pytest.mark.usefixtures("_logs_as_before")
+@pytest.mark.usefixtures("logs_as_before")
 async def test_what_people_see(
     embedded_broker: str,
     redis_url: str,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka.admin import AclBinding, AclOperation  # type: ignore[attr-defined]
+from confluent_kafka.admin import AclBinding  # type: ignore[attr-defined]
 from cryptography.hazmat.primitives.asymmetric import rsa
 from redis.asyncio import Redis
 
@@ -287,10 +287,6 @@ async def test_the_service_works_with_the_rights_of_deploy_acl_and_says_which_on
                 assert str(caught.value) == str(checked.value), "the service says it as soon as the check does"
             await asyncio.to_thread(place.kafka.allow, [right])
     assert_silent(caplog.text)
-
-
-def operation_of(right: AclBinding) -> str:
-    return AclOperation(right.operation).name.capitalize()
 
 
 async def kept(settings: Settings, series: int) -> bool:

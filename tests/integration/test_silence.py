@@ -18,9 +18,18 @@ from confluent_kafka import Consumer, TopicPartition
 from stream import worker
 from stream.events import Event, SilenceData, iso_time
 from stream.settings import Settings
-from stream.topics import ensure_topics
 from stream.verify import partition_of
-from tests.live import digest, environment_for, published, send, settings_for, until, until_committed, working
+from tests.live import (
+    digest,
+    environment_for,
+    make_topics,
+    published,
+    send,
+    settings_for,
+    until,
+    until_committed,
+    working,
+)
 from tests.servers import EmbeddedBroker
 
 MINUTE = 60_000
@@ -186,7 +195,7 @@ async def test_kill_9_right_after_it_was_told_tells_it_no_second_time(
 ) -> None:
     settings = settings_for(broker, redis_url, unique, **SERVE)
     environment = dict(environment_for(broker, redis_url, unique, **SERVE))
-    await _topics(settings)
+    await make_topics(settings.kafka)
     await send(settings.kafka, [("a", now_ms(), 1.0), ("b", now_ms(), 1.0)], arrived_ms=now_ms() - SPAN_MS - 60_000)
     async with serving(environment, tmp_path / "log"):
         await until(lambda: _has(settings, 2), "both are silent")
@@ -206,7 +215,7 @@ async def test_kill_9_before_it_was_told_loses_nothing(
     more = {**SERVE, "TOCSIN_KAFKA__SETTLE_INTERVAL_MS": "10000", "TOCSIN_REDIS__FLUSH_INTERVAL_S": "0.05"}
     settings = settings_for(broker, redis_url, unique, **more)
     environment = dict(environment_for(broker, redis_url, unique, **more))
-    await _topics(settings)
+    await make_topics(settings.kafka)
     async with serving(environment, tmp_path / "log"):
         await until(lambda: "assigned" in (tmp_path / "log").read_text(), "it has its partition")
         due_ms = 3_000  # from now: its point is committed by then, and the next transaction ten seconds later
@@ -220,11 +229,3 @@ async def test_kill_9_before_it_was_told_loses_nothing(
         await until(lambda: _has(settings, 1), "it is silent")
         await asyncio.sleep(1)
     assert kinds(await said(settings)) == ["a silent"]
-
-
-async def _topics(settings: Settings) -> None:
-    kafka = settings.kafka
-    await ensure_topics(
-        kafka.bootstrap_servers,
-        dict.fromkeys((kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic), kafka.partitions),
-    )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from tests.live import (
 )
 
 POINTS = sample_points(3)
+pytestmark = pytest.mark.usefixtures("logs_as_before")  # of commands that run in this process
 HALF = len(POINTS) // 2
 
 
@@ -109,17 +109,6 @@ async def ends_as_if_nothing_had_been(site: Site) -> None:
     await send(site.settings, HALF)
     await serve(site.settings, len(POINTS))
     assert digest(await published(site.settings.kafka)) == digest(backtested(POINTS, site.settings))
-
-
-@pytest.fixture(autouse=True)
-def _logs_as_before() -> Iterator[None]:
-    """Undo what a command does to the logs of its process."""
-    root, kafka = logging.getLogger(), logging.getLogger("aiokafka")
-    handlers, levels = list(root.handlers), (root.level, kafka.level)
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    kafka.setLevel(levels[1])
 
 
 class Commands:
