@@ -188,6 +188,8 @@ async def _ended(producer: AIOKafkaProducer) -> None:
         stopping.cancel()
         with contextlib.suppress(asyncio.CancelledError, KafkaError, OSError):
             await stopping
+        # Its `stop` leaves its connections open where a request that was under way has failed.
+        await producer.client.close()
         # Why its transaction has failed was said where it failed; asyncio would say it again, with a traceback.
         _failure(producer)
         for batch in itertools.chain(*producer._message_accumulator._batches.values()):
