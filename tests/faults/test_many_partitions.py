@@ -27,7 +27,7 @@ from tests.live import START_MS, backtested, environment_for, make_topics, setti
 # `tocsin serve`, of a member that the group gives up after 3 s and not after 10
 _SERVE = "from stream import kafka; kafka._SESSION_TIMEOUT_MS = 3_000; from stream.cli import main; main()"
 _ASSIGNED = re.compile(r"assigned (\d+) partitions")
-_MORE = {"TOCSIN_WARMUP_H": "1", "TOCSIN_REDIS__FLUSH_INTERVAL_S": "0.2"}
+_MORE = {"TOCSIN_WARMUP_H": "1", "TOCSIN_REDIS__FLUSH_INTERVAL_S": "2"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ async def moved(
             join_s = time.monotonic() - second.began
             await until(lambda: progress.total > 0.65 * total, "the second third is settled")
             limit = 1.0
+            await until(lambda: progress.total > 0.75 * total, "it is at work, and ahead of what it has stored")
             first.child.kill()
             killed = time.monotonic()
             await second.until_it_has(partitions, partitions)
