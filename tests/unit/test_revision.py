@@ -430,6 +430,7 @@ def test_late_points_lead_to_what_those_in_time_say(seed: int) -> None:
             points[at] = ("a", T0 + at * MINUTE, float(rng.choice([60.0, 400.0, 5000.0])))
     keys = np.arange(200) + np.where(rng.random(200) < 0.2, rng.uniform(0, 4, 200), 0.0)
     keys[:30] = np.arange(30)
+    keys[180:] = np.arange(180, 200)  # who looks at the interval again has found it by the end
     late = run(detector(config(lateness_ms=3 * MINUTE)), [points[i] for i in np.argsort(keys, kind="stable")])
     assert not late.counts.too_late
     in_time = run(detector(config(lateness_ms=3 * MINUTE)), points)
