@@ -38,7 +38,7 @@ from stream.restoring import find_beginning
 from stream.results import Result
 from stream.settings import Settings
 from stream.store import CLOCK_FIELD, Saved, Store
-from stream.tasks import ended
+from stream.tasks import ended, in_thread
 from stream.trouble import Trouble
 
 log = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ class Partition:
     async def _accept(self, batch: Sequence[ConsumerRecord], *, muted: bool) -> None:
         if not batch:
             return
-        slots, result, rejects = await asyncio.to_thread(self._judge, batch)
+        slots, result, rejects = await in_thread(self._judge, batch)
         # From here on in one go: a settlement that comes between sees all of the batch or nothing.
         self._touch(slots, result.events + result.shadow)
         self._gone.update(name.encode() + kind for name in result.evicted for kind in (b"", SHADOW))

@@ -1,0 +1,50 @@
+"""What runs beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from stream.tasks import ended, in_thread
+
+
+async def test_a_short_function_keeps_the_event_loop_still() -> None:
+    turns: list[str] = []
+    asyncio.get_running_loop().call_soon(turns.append, "another")
+    assert await in_thread(lambda: threading.current_thread().name) != threading.current_thread().name
+    assert turns == [], "nothing else had its turn"
+
+
+async def test_a_long_function_does_not() -> None:
+    release, turns = threading.Event(), list[str]()
+
+    def others() -> None:
+        turns.append("another")
+        release.set()
+
+    asyncio.get_running_loop().call_soon(others)
+    assert await in_thread(release.wait, 30.0), "the event loop has set it while the function waited"
+    assert turns == ["another"]
+
+
+@pytest.mark.parametrize("error", [TimeoutError("own"), ValueError("own")])
+async def test_what_a_function_raises_comes_through(error: Exception) -> None:
+    def fails() -> None:
+        raise error
+
+    with pytest.raises(type(error), match="own"):
+        await in_thread(fails)
+
+
+async def test_a_task_that_forgets_a_cancellation_is_cancelled_again() -> None:
+    async def stubborn() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(stubborn())
+    await asyncio.sleep(0)
+    await ended(task)
+    assert task.cancelled()
