@@ -131,7 +131,7 @@ async def test_a_process_paused_in_a_transaction_for_longer_than_the_broker_wait
     settings = settings_for(kafka, redis_url, unique, **MORE)
     async with sending(kafka, settings) as sent, contextlib.AsyncExitStack() as stack:
         process = await stack.enter_async_context(
-            paused("produced", 4, environment_for(kafka, redis_url, unique, **MORE))
+            paused("produced", 2, environment_for(kafka, redis_url, unique, **MORE))
         )
         assert await open_transactions(settings.kafka), "else nothing is aborted"
         if taken_over:
