@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = 3  # at what the broker refuses for a reason that trying again does not change
 _AGAIN_S = (0.5, 5.0)  # between two attempts: at first, at last
 _FENCED_S = 1.0  # at least: whoever has shut us out may be the owner, and the group is about to say so
+_LARGE = 1_000  # records: there is a backlog, and pace matters more than the time of a transaction
 NOTHING = -1  # no offset: the store has no state of the partition
 _NO_SLOTS = np.zeros(0, np.int32)
 
@@ -264,7 +265,9 @@ class Partition:
     async def _accept(self, batch: Sequence[ConsumerRecord], *, muted: bool) -> None:
         if not batch:
             return
-        slots, result, rejects = await in_thread(self._judge, batch)
+        # A small one leaves the event loop its turns: settlements and flushes go on with every step.
+        run = in_thread if len(batch) >= _LARGE else asyncio.to_thread
+        slots, result, rejects = await run(self._judge, batch)
         # From here on in one go: a settlement that comes between sees all of the batch or nothing.
         self._touch(slots, result.events + result.shadow)
         self._gone.update(name.encode() + kind for name in result.evicted for kind in (b"", SHADOW))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
@@ -17,17 +17,14 @@ _threads = ThreadPoolExecutor(thread_name_prefix="judge")
 async def in_thread(function: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -> _T:
     """Return what a function returns that may take a while; it runs in a thread.
 
-    For the first quarter of a second the event loop stands still. Would it wake up meanwhile, for each answer of the
-    broker, the two threads would hand Python's lock to and fro, for up to a millisecond each time: a third of the pace
-    of the service, measured with batches of 0.1 s. What takes longer runs beside the event loop.
+    For the first quarter of a second the event loop stands still, and has a turn then. Would it wake up meanwhile, for
+    each answer of the broker, the two threads would hand Python's lock to and fro, for up to a millisecond each time: a
+    third of the pace of the service, measured with batches of 0.1 s. What takes longer runs beside the event loop.
     """
     future = _threads.submit(function, *args, **options)
-    try:
-        return future.result(_SHORT_S)
-    except TimeoutError:
-        if future.done():  # the function's own
-            raise
-        return await asyncio.wrap_future(future)
+    wait({future}, timeout=_SHORT_S)
+    await asyncio.sleep(0)
+    return await asyncio.wrap_future(future) if not future.done() else future.result()
 
 
 async def ended(task: asyncio.Task[None]) -> None:

@@ -13,8 +13,10 @@ from stream.tasks import ended, in_thread
 async def test_a_short_function_keeps_the_event_loop_still() -> None:
     turns: list[str] = []
     asyncio.get_running_loop().call_soon(turns.append, "another")
-    assert await in_thread(lambda: threading.current_thread().name) != threading.current_thread().name
-    assert turns == [], "nothing else had its turn"
+    name, before = await in_thread(lambda: (threading.current_thread().name, list(turns)))
+    assert name != threading.current_thread().name
+    assert before == [], "nothing else had its turn meanwhile"
+    assert turns == ["another"], "and then it had"
 
 
 async def test_a_long_function_does_not() -> None:
