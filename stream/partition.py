@@ -26,7 +26,7 @@ from aiokafka.errors import KafkaError, ProducerFenced
 
 from stream import records, snapshot, steps
 from stream.blobs import SHADOW
-from stream.columns import BoolArray, Int32Array
+from stream.columns import BoolArray, Int32Array, grown
 from stream.detector import Detector
 from stream.errors import BrokerError, StoreError
 from stream.events import Event
@@ -310,7 +310,7 @@ class Partition:
         """
         told = np.array([self.detector.index[event.subject] for event in said], np.int32)
         if len(self._dirty) < self.detector.capacity:
-            self._dirty = np.concatenate([self._dirty, np.zeros(self.detector.capacity - len(self._dirty), np.bool_)])
+            self._dirty = grown(self._dirty, self.detector.capacity)
         self._dirty[slots] = True
         self._dirty[told] = True
 
