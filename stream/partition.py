@@ -38,7 +38,7 @@ from stream.restoring import find_beginning
 from stream.results import Result
 from stream.settings import Settings
 from stream.store import CLOCK_FIELD, Saved, Store
-from stream.tasks import ended, in_thread
+from stream.tasks import ended, in_thread, pause
 from stream.trouble import Trouble
 
 log = logging.getLogger(__name__)
@@ -363,9 +363,10 @@ class Partition:
             KafkaError: the broker refuses for a reason that a person has to change.
             Overtaken: another worker has the partition.
         """
-        pause_s, attempt = _AGAIN_S[0], 0
+        attempt = 0
         while True:
             attempt += 1
+            pause_s = pause(attempt, *_AGAIN_S)
             try:
                 if attempt == 1 or not await self._reopened():
                     await self._settle()
@@ -378,7 +379,6 @@ class Partition:
                 if isinstance(e, ProducerFenced):
                     pause_s = max(pause_s, _FENCED_S)
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _AGAIN_S[1])
 
     async def _reopened(self) -> bool:
         """Take another producer, which ends the transaction of the old one; return whether that had committed it.

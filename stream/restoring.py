@@ -13,6 +13,7 @@ from stream.errors import StoreError
 from stream.kafka import Clock, committed_offset
 from stream.settings import Settings
 from stream.store import CLOCK_FIELD, PartitionState, Store
+from stream.tasks import pause
 from stream.trouble import Trouble
 
 log = logging.getLogger(__name__)
@@ -103,14 +104,14 @@ async def _load(
 
 
 async def _loaded(at: TopicPartition, group: str, store: Store, trouble: Trouble) -> PartitionState | None:
-    pause_s = _AGAIN_S[0]
+    failures = 0
     while True:
         try:
             return await store.load(group, at.topic, at.partition)
         except StoreError as e:
             trouble.say(f"cannot read the state of {at}: {e}")
-        await asyncio.sleep(pause_s)
-        pause_s = min(2 * pause_s, _AGAIN_S[1])
+        failures += 1
+        await asyncio.sleep(pause(failures, *_AGAIN_S))
 
 
 def _number(text: bytes) -> int:

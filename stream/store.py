@@ -31,6 +31,7 @@ from stream import steps
 from stream.errors import ConfigError, StoreError
 from stream.security import REDIS, redis_options
 from stream.settings import RedisSettings
+from stream.tasks import pause
 
 OFFSET_FIELD = b"\x00offset"  # a series' name holds no control characters
 CLOCK_FIELD = b"\x00clock_ms"  # up to when silence has been judged: two states of one offset differ by it
@@ -41,6 +42,7 @@ _CHUNK_BYTES = 4 << 20  # of a command or an answer: long enough to be cheap, sh
 _FIRST_SCAN = 500  # fields; the sizes seen set what follows
 _MAX_SCAN = 10_000
 _RETRIES = 3
+_AGAIN_S = (0.05, 1.0)  # between two attempts to connect: at first, at last
 _ATTEMPTS = 5  # at a read or a write that another client's write came between
 
 
@@ -133,7 +135,6 @@ class Store:
                 the setting, or what is not allowed.
         """
         started = time.monotonic()
-        backoff = ExponentialWithJitterBackoff(cap=1.0, base=0.05)
         failures = 0
         while True:
             remaining_s = deadline_s - (time.monotonic() - started)
@@ -151,7 +152,7 @@ class Store:
                         f"{untrusted.verify_message}; see {REDIS}SSL_CAFILE"
                     ) from e
                 failures += 1
-                pause_s = backoff.compute(failures)
+                pause_s = pause(failures, *_AGAIN_S)
                 tried_s = time.monotonic() - started
                 if tried_s + pause_s >= deadline_s:
                     raise StoreError(

@@ -1,4 +1,4 @@
-"""What runs beside the event loop."""
+"""What runs beside the event loop, and how long it waits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import ParamSpec, TypeVar
+
+from redis.backoff import EqualJitterBackoff
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -25,6 +27,15 @@ async def in_thread(function: Callable[_P, _T], *args: _P.args, **options: _P.kw
     wait({future}, timeout=_SHORT_S)
     await asyncio.sleep(0)
     return await asyncio.wrap_future(future) if not future.done() else future.result()
+
+
+def pause(failures: int, first_s: float, last_s: float) -> float:
+    """Return how long to wait after so many failed attempts, seconds: twice as long each time, up to `last_s`.
+
+    By chance it is up to half less: what failed for many partitions at once is not tried again by all of them at once.
+    """
+    # 2 ** 1024 is no float any more: an outage of an hour would end in an OverflowError.
+    return EqualJitterBackoff(cap=last_s, base=first_s / 2).compute(min(failures, 64))
 
 
 async def ended(task: asyncio.Task[None]) -> None:

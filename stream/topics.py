@@ -27,10 +27,12 @@ from stream.errors import BrokerError, ConfigError
 from stream.kafka import client_options, explained
 from stream.security import KAFKA
 from stream.settings import KafkaSettings
+from stream.tasks import pause
 
 _SETTING = "TOCSIN_KAFKA__BOOTSTRAP_SERVERS"
 _REQUEST_MS = 10_000
-_BACKOFF_S = (0.05, 1.0)  # first, last
+_AGAIN_S = (0.05, 1.0)  # between two attempts: at first, at last
+_SEEN_AGAIN_S = 0.05
 _PROBE_S = 5.0
 _EMBEDDED_CONFIGS = {"retention.ms": "-1"}  # the embedded broker takes a week-old record away within a second
 
@@ -70,7 +72,7 @@ async def ensure_topics(
     except ValueError as e:
         raise ConfigError(f"{_SETTING}={bootstrap_servers!r} is no list of host:port,…: {e}") from e
     started = time.monotonic()
-    pause_s = _BACKOFF_S[0]
+    failures = 0
     while True:
         # Anew each time: it does not find its way round a node that died.
         admin = AIOKafkaAdminClient(**options | {"request_timeout_ms": _REQUEST_MS})
@@ -87,7 +89,8 @@ async def ensure_topics(
         finally:
             with contextlib.suppress(KafkaError, OSError, TimeoutError):
                 await admin.close()
-        tried_s = time.monotonic() - started
+        failures += 1
+        tried_s, pause_s = time.monotonic() - started, pause(failures, *_AGAIN_S)
         if isinstance(problem, _Refused):
             raise BrokerError(f"the broker at {bootstrap_servers} refuses {problem}") from problem.__cause__
         if isinstance(problem, KafkaError) and not problem.retriable:
@@ -102,7 +105,6 @@ async def ensure_topics(
                 f"{reason or str(problem) or type(problem).__name__}; set {_SETTING} to the host:port of your Kafka"
             ) from problem
         await asyncio.sleep(pause_s)
-        pause_s = min(2 * pause_s, _BACKOFF_S[1])
 
 
 def _settings(settings: KafkaSettings | str) -> KafkaSettings:
@@ -150,7 +152,7 @@ async def _ensure(
             raise _Refused(f"to create topic {name}: {message or error.description or error.__name__}") from error()
     # A created topic is ready once each partition has a leader that answers for it.
     while len(present) < len(topics):
-        await asyncio.sleep(_BACKOFF_S[0])
+        await asyncio.sleep(_SEEN_AGAIN_S)
         present = await _partitions(admin, topics)
     return present
 

@@ -22,7 +22,7 @@ from stream.rights import require_rights
 from stream.ruleset import RuleSet
 from stream.settings import Settings
 from stream.store import Store
-from stream.tasks import ended
+from stream.tasks import ended, pause
 from stream.topics import ensure_topics
 from stream.trouble import Behind, Trouble
 
@@ -268,7 +268,7 @@ class Worker:
         partition = self.partitions.pop(at)
         await partition.abandon()
         self._gone.add(partition.detector.counts)
-        self._taking[at] = asyncio.create_task(self._take(at, pause_s=_AGAIN_S[0]))
+        self._taking[at] = asyncio.create_task(self._take(at, failures=1))
 
     async def _assign(self, assigned: Sequence[TopicPartition]) -> None:
         """Begin to take partitions; aiokafka sends no heartbeat until this returns, so it must not last."""
@@ -281,11 +281,11 @@ class Worker:
             )
             self.assigned.set()
 
-    async def _take(self, at: TopicPartition, pause_s: float = 0.0) -> None:
-        """Restore a partition and let its points come, however long the broker is away."""
+    async def _take(self, at: TopicPartition, failures: int = 0) -> None:
+        """Restore a partition and let its points come, however long the broker is away; at once, or after failures."""
         trouble = Trouble(log)
         while True:
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(pause(failures, *_AGAIN_S) if failures else 0)
             made_by = self.make_detector
             partition = Partition(at, self.settings, made_by, self.store, self._restoring)
             try:
@@ -300,7 +300,7 @@ class Worker:
             except Exception as e:
                 self._problem = e
                 return
-            pause_s = min(max(2 * pause_s, _AGAIN_S[0]), _AGAIN_S[1])
+            failures += 1
         if self.make_detector is not made_by:  # the rules have changed meanwhile
             try:
                 await partition.change_detector(self.make_detector())

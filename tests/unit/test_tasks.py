@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from stream.tasks import ended, in_thread
+from stream.tasks import ended, in_thread, pause
 
 
 async def test_a_short_function_keeps_the_event_loop_still() -> None:
@@ -50,3 +50,9 @@ async def test_a_task_that_forgets_a_cancellation_is_cancelled_again() -> None:
     await asyncio.sleep(0)
     await ended(task)
     assert task.cancelled()
+
+
+def test_pauses_grow_up_to_a_bound_however_long_it_fails() -> None:
+    for failures, most in ((1, 0.5), (2, 1.0), (3, 2.0), (4, 4.0), (5, 5.0), (100_000, 5.0)):
+        drawn = [pause(failures, 0.5, 5.0) for _ in range(100)]
+        assert most / 2 <= min(drawn) < max(drawn) <= most
