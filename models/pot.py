@@ -165,6 +165,11 @@ class Spot:
         s["q"][rows] = risk
         self._tails.set_quantile(rows)
 
+    def risk(self, rows: IntArray) -> Float64Array:
+        """Return the risk of each row, (K,)."""
+        q: Float64Array = self._tails.state["q"][rows]
+        return q
+
     def set_drift(self, rows: IntArray, depth: int | IntArray) -> None:
         """Judge rows relative to a moving mean of their last `depth` scores that were no anomalies (DSPOT).
 

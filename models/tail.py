@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from models.arrays import grown
 from models.errors import StateError
 from models.gpd import Float64Array, IntArray, TailFit, refit_gpd
 from models.outliers import find_incidents, find_outliers
@@ -87,13 +88,8 @@ class Tails:
         if capacity < old:
             raise ValueError(f"capacity={capacity} is below the {old} rows in use; rows are never taken away")
         for name, (_, fresh) in self._fields.items():
-            array = self.state[name]
-            grown = np.full((capacity, *array.shape[1:]), fresh, array.dtype)
-            grown[:old] = array
-            self.state[name] = grown
-        bar = np.full(capacity, -np.inf, np.float32)
-        bar[:old] = self.bar
-        self.bar = bar
+            self.state[name] = grown(self.state[name], capacity, fresh)
+        self.bar = grown(self.bar, capacity, -np.inf)
         self.follow_prior(np.arange(old, capacity))
 
     def reset(self, rows: IntArray) -> None:

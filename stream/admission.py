@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stream.columns import BoolArray, Columns, Int64Array
+from stream.columns import BoolArray, Columns, Int32Array, Int64Array
 from stream.policy import PolicyTable
 from stream.records import Reason
 from stream.silence import NEVER, Silence
@@ -67,14 +67,14 @@ class Admission:
         self.quota = table.series_max
         self.of_rule: Int64Array = np.zeros(len(self.quota), np.int64)
 
-    def fits(self, rules: Int64Array) -> bool:
+    def fits(self, rules: Int32Array) -> bool:
         """Say whether there is room for new series of these rules, (K,), without any other going."""
         if self.most and self.of_rule.sum() + len(rules) > self.most:
             return False
         after = self.of_rule + np.bincount(rules, minlength=len(self.of_rule))
         return not ((self.quota > 0) & (after > self.quota)).any()
 
-    def count(self, rules: Int64Array, change: int) -> None:
+    def count(self, rules: Int32Array, change: int) -> None:
         """Note that series of these rules, (K,), have got their places (+1), or lost them (-1)."""
         np.add.at(self.of_rule, rules, change)
 
@@ -89,7 +89,7 @@ class Series:
     """
 
     names: Sequence[str]
-    rule: Int64Array
+    rule: Int32Array
     placed: BoolArray
     silence: Silence
     opened: Callable[[Int64Array], BoolArray]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +19,6 @@ Float64Array = npt.NDArray[np.float64]
 AnyArray = npt.NDArray[Any]
 
 NAME_BYTES_MAX = 512
-_T = TypeVar("_T", bound=np.generic)
-
-
-def grown(array: npt.NDArray[_T], rows: int, fresh: object = 0) -> npt.NDArray[_T]:
-    """Return an array with room for so many rows: those that are there, and behind them fresh ones."""
-    shape = (rows, *array.shape[1:])
-    # The system gives zeros when they are first touched: what is in reserve takes no memory yet.
-    larger = np.full(shape, fresh, array.dtype) if fresh else np.zeros(shape, array.dtype)
-    larger[: len(array)] = array
-    return larger
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from models.arrays import enough, grown
 from stream import silence as silences
 from stream.admission import Admission, Plan, Series, plan
-from stream.columns import BoolArray, Columns, Int32Array, Int64Array, SeriesIndex, grown
+from stream.columns import BoolArray, Columns, Int32Array, Int64Array, SeriesIndex
 from stream.events import (
     TYPE_RESUMED,
     TYPE_SILENT,
@@ -80,10 +81,11 @@ class Detector:
         self.counts = Counts()
         self.table = PolicyTable.of([rule.policy for rule in rules])
         self.silence = Silence()
-        self.places = Places(config, self.rules, served, self.table, self.counts, general)
-        self.shadows = Places(config, self.rules, shadows or [None] * len(rules), self.table, Counts())
         self.index = SeriesIndex(metrics_of=self._metrics_of)
-        self.rule_of: Int64Array = np.zeros(0, np.int64)
+        names = self.index.names
+        self.places = Places(config, self.rules, served, self.table, self.counts, names, general)
+        self.shadows = Places(config, self.rules, shadows or [None] * len(rules), self.table, Counts(), names)
+        self.rule_of: Int32Array = np.zeros(0, np.int32)
         self.admission = Admission(config.series_max, config.idle_ms, self.table)
         self.spare_max = _SPARE_MAX
 
@@ -93,12 +95,12 @@ class Detector:
         return self.places.groups
 
     @property
-    def group_of(self) -> Int64Array:
+    def group_of(self) -> Int32Array:
         """Number of each slot's group, UNWATCHED of none."""
         return self.places.group_of
 
     @property
-    def row_of(self) -> Int64Array:
+    def row_of(self) -> Int32Array:
         """Row of each slot in its group."""
         return self.places.row_of
 
@@ -128,10 +130,12 @@ class Detector:
             return new
         self.index.new.clear()
         if len(names) > len(self.rule_of):
-            room = max(len(names), 2 * len(self.rule_of), 64)
+            room = enough(len(names), len(self.rule_of))
             self.rule_of = grown(self.rule_of, room, UNWATCHED)
-            for part in (self.places, self.shadows, self.silence):
-                part.resize(room)
+            self.places.resize(room)
+            self.silence.resize(room)
+            if self.shadows.groups:
+                self.shadows.resize(room)
         for slot in new.tolist():
             self.rule_of[slot] = self.rule_for(names[slot], entity=slot in self.index.entities)
         rule, of_new = self.rule_of[new], [names[slot] for slot in new.tolist()]
@@ -162,7 +166,7 @@ class Detector:
         self.admission.count(self.rule_of[slots], -1)
         self.counts.evicted += len(slots)
 
-    def _span(self, rule: int | Int64Array, interval_ms: int | Int64Array) -> Int64Array:
+    def _span(self, rule: int | Int32Array, interval_ms: int | Int64Array) -> Int64Array:
         span: Int64Array = np.asarray(self.table.silent_after[rule] * interval_ms)
         return span
 
@@ -262,9 +266,9 @@ class Detector:
             own = np.flatnonzero(self.group_of[points.slot] == number)
             if not len(own):  # its changes are those of an earlier batch
                 continue
-            row_of, row = self.row_of[points.slot[own]], points.row[own]
+            row_of, row = self.row_of[points.slot[own]].astype(np.int64), points.row[own]
             placing = group.placing
-            now = np.where(placing.probing, 0, placing.interval_ms)[row_of]
+            now = np.where(placing.probing[row_of], 0, placing.interval_ms[row_of])
             if placing.changes:
                 slot = np.concatenate([change.slot for change in placing.changes]).astype(np.int64)
                 at = np.concatenate([change.row for change in placing.changes])

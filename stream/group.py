@@ -13,30 +13,25 @@ from functools import partial
 
 import numpy as np
 
-from models.base import Assessment, Context, norm
-from models.pot import Health, Outcome, Spot
+from models.arrays import enough, grown
+from models.base import Assessment, Context
+from models.pot import Outcome
 from stream import grid
-from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array, grown
+from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array
 from stream.events import (
-    SEVERITIES,
-    Event,
-    SeverityName,
-    incident_id,
     iso_time,
 )
-from stream.incidents import Action, IncidentPolicy, Incidents, State, severity_of
-from stream.judged import Judged, anomaly_event, ratio_of
+from stream.judge import Judge, Verdict
+from stream.judged import Judged, ratio_of
+from stream.past import COPIES, NONE, Past
 from stream.placing import Cells, Placing
 from stream.policy import PolicyTable, Rule
 from stream.records import Reject
 from stream.results import Counts, DetectorConfig, Result, Scores, Served
-from stream.revision import Said, Statement, forget, mend, say
+from stream.revision import Said, mend
 from stream.waiting import Waiting
 from stream.windows import Windows
 
-NEVER = -1  # no event time: those are not negative
-NONE = -(2**62)  # no cell
-_FIRST_CAPACITY = 64
 _SCORE_MAX = 1e30  # a tail fitted to such scores still has its quantiles below the largest float32
 
 
@@ -83,12 +78,30 @@ class Group:
     """The series that share one model.
 
     A slot here is the row that a series has in the arrays of its group. A series that corrects its events takes three:
-    the two behind its own are copies of its state from before earlier cells.
+    the two behind its own are copies of its state from before earlier cells (`past`).
     """
 
+    _ARRAYS = (("series", -1), ("shift", 0.0), ("member", 0), ("ahead", np.nan))  # with the value of a fresh row
+
     def __init__(
-        self, config: DetectorConfig, served: Served, rules: Sequence[Rule], table: PolicyTable, counts: Counts
+        self,
+        config: DetectorConfig,
+        served: Served,
+        rules: Sequence[Rule],
+        table: PolicyTable,
+        counts: Counts,
+        names: Sequence[str],
     ) -> None:
+        """Make a group without series.
+
+        Args:
+            config: what is the same for all series.
+            served: the model that they share.
+            rules: of the detector.
+            table: the policies of the rules.
+            counts: where it is counted.
+            names: of all series of the detector, by slot; they may become more.
+        """
         self.config = config
         self.served = served
         self.model = served.model
@@ -97,35 +110,31 @@ class Group:
         self.counts = counts
         self.features, self.window = served.model.features, served.model.history
         self.waits = self.features > 1 or bool(table.wait.any())  # whether any series may
-        self.names: list[str] = []  # of each row; that of a copy and of a free row is empty
-        self._free: dict[int, list[int]] = {1: [], 3: []}  # first rows of removed series, by how many each has
+        self.rows = 0  # in use or free again
+        self._free: dict[int, list[int]] = {1: [], 1 + COPIES: []}  # first rows of removed series, by how many each has
         self.capacity = 0
         self.placing = Placing(table)
         self.waiting = Waiting(self.window, self.features)
         self.windows = Windows(self.window, self.features)
-        self.threshold = Spot(config.pot, prior=served.prior)
-        self.incidents = Incidents()
-        self.series: Int32Array = np.zeros(0, np.int32)  # slot of each row in the detector; -1 of a copy
-        self.q: Float64Array = np.zeros(0)
-        self.first_score_ms: Int64Array = np.zeros(0, np.int64)
+        self.judge = Judge(config, served, rules, table, counts, self.name)
+        self.series: Int32Array = np.zeros(0, np.int32)  # slot of each row in the detector; -1 of a copy or a free row
+        self._names = names
         self.shift: Float64Array = np.zeros((0, self.features))  # of what was flagged last, from what was expected
         self.member: Int64Array | None = np.zeros(0, np.int64) if served.members else None  # of a stack, its weights
         # What the model said of the next point, if the window is still as it was then. Not state: it can be made anew.
         self.ahead: Float64Array | None = np.zeros((0, self.features)) if served.model.looks_ahead else None
-        # Of series that correct their events: the cells that the two copies were taken before, and what came since.
-        self.corrects: BoolArray = np.zeros(0, np.bool_)
-        self.copied: Int64Array = np.zeros((0, 2), np.int64)
-        self.raw: Float64Array = np.zeros((0, self.window, self.features))
-        self.stamp: Int64Array = np.zeros((0, self.window), np.int64)
-        self.published: dict[int, list[Statement]] = {}
-        self.fills: dict[int, list[tuple[int, int, float]]] = {}  # newest cell then, cell, value of what only filled in
+        self.past = Past(self.window, self.features)
 
     @property
-    def rule(self) -> Int64Array:
+    def rule(self) -> Int32Array:
         """Row of the policy table of each series."""
         return self.placing.rule
 
     # -- series -----------------------------------------------------------------------------------------------------
+
+    def name(self, slot: int) -> str:
+        """Return the name of a series."""
+        return self._names[int(self.series[slot])]
 
     def add(self, names: Sequence[str], rules: Sequence[int], series: Sequence[int]) -> Int64Array:
         """Give new series their rows.
@@ -142,46 +151,41 @@ class Group:
         corrects = [
             self.rules[rule].policy.lateness_ms > 0 and not wait for rule, wait in zip(rules, waiting, strict=True)
         ]
-        rows = np.where(corrects, 3, 1)
-        slots = np.array([self._row(name, count) for name, count in zip(names, rows.tolist(), strict=True)], np.int64)
-        self._make_room(len(self.names))
+        rows = np.where(corrects, 1 + COPIES, 1)
+        slots = np.array([self._row(count) for count in rows.tolist()], np.int64)
+        self._make_room(self.rows)
         for slot, count, rule, wait in zip(slots.tolist(), rows.tolist(), rules, waiting, strict=True):
             self.placing.add(slot, rule, wait)
             self.rule[slot : slot + count] = rule
-        self.corrects[slots] = corrects
+        self.past.corrects[slots] = corrects
         self.series[slots] = series
-        self.threshold.set_drift(slots, self.table.drift[self.rule[slots]])
+        self.judge.set_drift(slots, self.rule[slots])
         self._set_risk(slots)
         if self.member is not None:
             for name, slot, count in zip(names, slots.tolist(), rows.tolist(), strict=True):
                 self.member[slot : slot + count] = self.served.members[name]
         return slots
 
-    def _row(self, name: str, count: int) -> int:
+    def _row(self, count: int) -> int:
         """Return the first of so many rows for a series."""
         if free := self._free[count]:
-            slot = free.pop()
-            self.names[slot] = name
-        else:
-            slot = len(self.names)
-            self.names += [name] + [""] * (count - 1)
-        return slot
+            return free.pop()
+        self.rows += count
+        return self.rows - count
 
     def remove(self, slots: Int64Array) -> None:
         """Forget series, (K,); their rows go to the next new ones."""
-        copies = slots[self.corrects[slots]]
-        for slot in slots.tolist():
-            self.names[slot] = ""
-            self._free[3 if self.corrects[slot] else 1].append(slot)
-            self.published.pop(slot, None)
-            self.fills.pop(slot, None)
+        corrects = self.past.corrects[slots]
+        copies = slots[corrects]
+        for slot, copied in zip(slots.tolist(), corrects.tolist(), strict=True):
+            self._free[1 + COPIES if copied else 1].append(slot)
         rows = np.concatenate([slots, copies + 1, copies + 2])
-        for part in (self.placing, self.windows, self.threshold, self.incidents):
+        for part in (self.placing, self.windows, self.judge, self.past):
             part.reset(rows)
         if self.waits:
             self.waiting.reset(rows)
-        for name, fresh, _ in self._arrays(0, 0):
-            if (array := getattr(self, name)) is not None and len(array):
+        for name, fresh in self._ARRAYS:
+            if (array := getattr(self, name)) is not None:
                 array[rows] = fresh
 
     def lacks(self, name: str) -> bool:
@@ -191,54 +195,29 @@ class Group:
     def _make_room(self, rows: int) -> None:
         if rows <= self.capacity:
             return
-        new = max(rows, self.capacity + self.capacity // 8, _FIRST_CAPACITY)  # a KPI is 2 kB: little in reserve
-        for part in (self.placing, self.windows, self.threshold, self.incidents):
+        new = enough(rows, self.capacity)
+        for part in (self.placing, self.windows, self.judge):
             part.resize(new)
         if self.waits:
             self.waiting.resize(new)
-        correcting = new if self.table.lateness_ms.any() else 0
-        for name, fresh, room in self._arrays(new, correcting):
+        self.past.resize(new, some=bool(self.table.lateness_ms.any()))
+        for name, fresh in self._ARRAYS:
             if (array := getattr(self, name)) is not None:
-                setattr(self, name, grown(array, room, fresh))
+                setattr(self, name, grown(array, new, fresh))
         self.capacity = new
-
-    @staticmethod
-    def _arrays(rows: int, correcting: int) -> tuple[tuple[str, float, int], ...]:
-        """Return the arrays that are kept here: name, value of a fresh row, rows."""
-        return (
-            ("series", -1, rows),
-            ("q", 0.0, rows),
-            ("first_score_ms", NEVER, rows),
-            ("shift", 0.0, rows),
-            ("member", 0, rows),
-            ("ahead", np.nan, rows),
-            ("corrects", False, rows),
-            ("copied", NONE, correcting),
-            ("raw", np.nan, correcting),
-            ("stamp", 0, correcting),
-        )
 
     def resume(self, slot: Int32Array) -> None:
         """Bring restored series up to date with what their rules ask for now."""
         self._set_risk(slot)
-        self.threshold.set_drift(slot, self.table.drift[self.rule[slot]])
+        self.judge.set_drift(slot, self.rule[slot])
         if self.waits:
             closed = np.where(self.windows.filled[slot] > 0, self.windows.newest[slot], NONE)
             self.waiting.closed[slot], self.waiting.newest[slot] = closed, closed
-        self._forget_copies(slot)
-
-    def _forget_copies(self, slot: Int32Array) -> None:
-        """Let series, (K,), not go back to before now; where none corrects its events there are no copies."""
-        if len(self.copied):
-            self.copied[slot] = NONE
+        self.past.forget_copies(slot)
 
     def _set_risk(self, slot: Int32Array | Int64Array) -> None:
         """Give series the risk that their rules ask for at the intervals that they have."""
-        most = self.config.pot.q_max
-        q = self.table.risk(self.rule[slot], self.placing.interval_ms[slot], most)
-        q = np.where(q > 0, np.minimum(q, most), self.config.pot.q)  # no interval yet: no budget
-        self.q[slot] = q
-        self.threshold.set_risk(slot, q)
+        self.judge.set_risk(slot, self.rule[slot], self.placing.interval_ms[slot])
 
     # -- batches ----------------------------------------------------------------------------------------------------
 
@@ -253,13 +232,9 @@ class Group:
             if len(regridded):
                 self.windows.begin(regridded, self.windows.origin[regridded])
                 self.windows.forget_steps(regridded)
-                self._forget_copies(regridded)
-                for one in regridded.tolist():  # what was said of another grid stands
-                    if one in self.published:
-                        for statement in self.published[one]:
-                            statement.cell = NONE
-                        self.published[one] = forget(self.published[one], NONE + 1, self._ongoing(one))
-                    self.fills.pop(one, None)
+                self.past.forget_copies(regridded)
+                for one in regridded.tolist():
+                    self.past.forget_grid(one, self.judge.ongoing(one))
                 self.counts.regridded += len(regridded)
             wait = self.placing.waiting[points.slot]
             rest = Columns.empty()
@@ -367,11 +342,10 @@ class Group:
         slot, cell, value = wave.slot, wave.cell, wave.value
         if wave.kind.any() and (restart := wave.kind == _Kind.RESTART).any():
             self._begin(slot[restart], value[restart])
-            self._forget_copies(slot[restart])
-        if (corrects := self.corrects[slot]).any():
+            self.past.forget_copies(slot[restart])
+        if (corrects := self.past.corrects[slot]).any():
             self._copy(slot[corrects], cell[corrects])
-            self.raw[slot[corrects], cell[corrects] % self.window] = value[corrects]
-            self.stamp[slot[corrects], cell[corrects] % self.window] = wave.timestamp_ms[corrects]
+            self.past.note(slot[corrects], cell[corrects], value[corrects], wave.timestamp_ms[corrects])
         filled = self.windows.filled[slot]
         if (fresh := (filled == 0) & (wave.kind == _Kind.OBSERVED)).any():
             self._begin(slot[fresh], value[fresh])
@@ -400,8 +374,8 @@ class Group:
                 which = full[at]
                 completed = ((~learned[at]).sum(axis=(1, 2)) // self.features).astype(np.int64)
                 shown = np.where(scored[at], value[which], np.nan)
-                judged, anomaly = self._judge(wave, which, shown, assessment.take(at), completed, output)
-                flagged[which] = anomaly
+                verdict = self._judge(wave, which, shown, assessment.take(at), completed, output)
+                judged, flagged[which] = verdict.judged, verdict.anomaly
                 row_scores[:, which] = judged.score, judged.step.threshold, judged.step.probability
         seen = np.where(observed, value, completion)
         if judged is not None and flagged.any():
@@ -491,7 +465,7 @@ class Group:
         edge = expected + (value - expected) / ratio
         # What moves as ever, only shifted, still shows how the normal goes on: a season does not wait for an incident.
         shift = self.shift[slot]
-        goes_on = (self.incidents.anomalies[slot] > 1)[:, None]
+        goes_on = (self.judge.incidents.anomalies[slot] > 1)[:, None]
         with np.errstate(invalid="ignore"):
             as_ever = np.abs(value - shift - expected) <= some.half_width(threshold)
         parallel = goes_on & ~near & as_ever
@@ -508,99 +482,19 @@ class Group:
         assessment: Assessment,
         completed: Int64Array,
         output: _Output,
-    ) -> tuple[Judged, BoolArray]:
-        """Score, threshold and incident of the points `which` of a wave; says which of them are anomalous."""
-        slot, time = wave.slot[which], wave.timestamp_ms[which]
-        rule, table = self.rule[slot], self.table
-        error = np.where(np.isnan(value), 0.0, assessment.error)  # (K, F)
-        direction = table.direction[rule][:, None]
-        error = np.where(direction == 0, np.abs(error), np.maximum(direction * error, 0.0))
-        # No more digits than the network has.
-        score = np.minimum(norm(error), _SCORE_MAX).astype(np.float32).astype(np.float64)
-        first = self.first_score_ms[slot]
-        if (unset := first == NEVER).any():
-            self.first_score_ms[slot[unset]] = time[unset]
-            first = self.first_score_ms[slot]
-            self._calibrate(slot[unset])  # not before: of ten thousand restored series none needs it
-        step = self.threshold.step(slot, score, time - first >= table.warmup_ms[rule])
-        self.counts.scored += len(which)
-        judged = Judged(slot, time, value, assessment, error, score, step, completed)
-        anomaly = step.outcome == Outcome.ANOMALY
-        if anomaly.any():
-            anomaly &= self._deviates(judged, direction, rule)
-        # Without a threshold a point says nothing; a normal one matters where something goes on.
-        concerned = anomaly | ((step.outcome != Outcome.WARMING) & (self.incidents.state[slot] != State.CLEAR))
-        concerned_at = np.flatnonzero(concerned)
-        if not len(concerned_at):
-            return judged, anomaly
-        action = np.full(len(slot), Action.NONE, np.uint8)
-        action[concerned_at] = self._live_on(judged, anomaly, concerned_at)
-        for i in np.flatnonzero(action == Action.OPENED).tolist():
-            opened = int(self.incidents.opened_ms[slot[i]])
-            self.incidents.id[slot[i]] = incident_id(self.names[slot[i]], opened, self.served.ref)
-        if (accepted := (action == Action.ACCEPTED) | (action == Action.ACCEPTED_MUTED)).any():
-            self.windows.accept_actual(slot[accepted])
-            anomaly = anomaly & ~accepted
-        self.counts.flagged += int(anomaly.sum())
-        for i in np.flatnonzero((action != Action.NONE) & (action != Action.ACCEPTED_MUTED)).tolist():
-            at = which[i]
-            said = Said(int(wave.cell[at]), self._event(judged, i, Action(action[i])), int(wave.row[at]))
-            output.said.append((int(slot[i]), said))
-        return judged, anomaly
-
-    def _calibrate(self, slot: Int32Array) -> None:
-        """Give series the thresholds that their models bring."""
-        if not self.served.calibrations:
-            return
-        member = np.zeros(len(slot), np.int64) if self.member is None else self.member[slot]
-        for one in np.unique(member).tolist():
-            if len(scores := self.served.calibrations[one]):
-                self.threshold.calibrate(slot[member == one], scores)
-
-    def _deviates(self, judged: Judged, direction: Int64Array, rule: Int64Array) -> BoolArray:
-        """Say of each point whether one of its values lies as far from what was expected as the rule asks, (K,)."""
-        expected, table = judged.assessment.expected, self.table
-        with np.errstate(invalid="ignore"):
-            deviation = judged.value - expected  # NaN compares as False: what was not scored does not deviate
-            deviation = np.where(direction == 0, np.abs(deviation), direction * deviation)
-            least = np.maximum(
-                table.least_deviation[rule][:, None], table.least_share[rule][:, None] * np.abs(expected)
-            )
-            far: BoolArray = np.asarray((deviation >= least).any(axis=1))
-        return far
-
-    def _live_on(self, judged: Judged, anomaly: BoolArray, which: Int64Array) -> Int8Array:
-        """Feed the points `which` to the incidents of their series; return what to publish of each."""
-        slot, time, step = judged.slot[which], judged.timestamp_ms[which], judged.step
-        rule, table = self.rule[slot], self.table
-        muted = np.zeros(len(which), np.bool_)
-        hit = anomaly[which]
-        if hit.any():
-            for one in np.unique(rule[hit]).tolist():
-                if self.rules[one].maintenance:
-                    of_rule = np.flatnonzero(hit & (rule == one))
-                    muted[of_rule] = self.rules[one].muted(time[of_rule])
-        value = judged.value[which, 0] if self.features == 1 else np.full(len(which), np.nan)
-        ratio = ratio_of(judged.score[which], step.threshold[which])
-        ratio[(step.outcome[which] == Outcome.ANOMALY) & ~hit] = 0.0  # what deviates too little to matter is calm
-        recover = table.recover_ratio[rule]
-        return self.incidents.step(
-            slot,
-            time,
-            hit,
-            severity_of(step.probability[which], self.q[slot]),
-            ratio,
-            value,
-            muted,
-            step.restarted[which] & hit,
-            policy=IncidentPolicy(
-                table.open_after[rule],
-                table.recover_after[rule],
-                np.where(recover < 1, recover, np.inf),
-                table.accept_after_ms[rule],
-                table.cooldown_ms[rule],
-            ),
+    ) -> Verdict:
+        """Have the points `which` of a wave judged, and take over what comes of it."""
+        slot = wave.slot[which]
+        member = None if self.member is None else self.member[slot]
+        verdict = self.judge.judge(
+            slot, wave.timestamp_ms[which], value, assessment, completed, self.rule[slot], member
         )
+        if verdict.accepted.any():
+            self.windows.accept_actual(slot[verdict.accepted])
+        for i, event in verdict.said:
+            at = which[i]
+            output.said.append((int(slot[i]), Said(int(wave.cell[at]), event, int(wave.row[at]))))
+        return verdict
 
     # -- late points ------------------------------------------------------------------------------------------------
 
@@ -612,7 +506,7 @@ class Group:
             oldest = self.windows.newest[own] - self.windows.filled[own] + 1
             begins = int(self.placing.time_ms(own, oldest)[0])
             detail = (
-                f"the point of {self.names[own[0]]!r} at {iso_time(int(wave.timestamp_ms[i]))} is older than the "
+                f"the point of {self.name(own[0])!r} at {iso_time(int(wave.timestamp_ms[i]))} is older than the "
                 f"window, which begins at {iso_time(begins)}"
             )
             result.rejects.append(Reject(int(wave.row[i]), "too_late", detail))
@@ -622,18 +516,16 @@ class Group:
         wave = wave.take(inside)
         if not len(wave):
             return
-        revise = self.corrects[wave.slot]
+        revise = self.past.corrects[wave.slot]
         if revise.any():
             revise = revise & (self.windows.newest[wave.slot] - wave.cell <= self._lateness(wave.slot))
-            copied = self.copied[wave.slot]
-            revise &= wave.cell >= np.where(copied == NONE, -NONE, copied).min(axis=1)
+            revise &= self.past.reaches(wave.slot, wave.cell)
         if (plain := ~revise).any():
             slot, cell, value = wave.slot[plain], wave.cell[plain], wave.value[plain]
             self.windows.fill(slot, cell, value)
             self._forget_ahead(slot)
-            for i in np.flatnonzero(self.corrects[slot]).tolist():  # to be filled in again should the series go back
-                fill = (int(self.windows.newest[slot[i]]), int(cell[i]), float(value[i, 0]))
-                self.fills.setdefault(int(slot[i]), []).append(fill)
+            for i in np.flatnonzero(self.past.corrects[slot]).tolist():
+                self.past.note_fill(int(slot[i]), int(self.windows.newest[slot[i]]), int(cell[i]), float(value[i, 0]))
         if revise.any():
             wave = wave.take(revise)
             # float32 as the window holds it: a producer that repeats itself proves nothing wrong.
@@ -651,54 +543,44 @@ class Group:
         return relative
 
     def _copy(self, slot: Int32Array, cell: Int64Array) -> None:
-        """Keep copies of the state before cells that lie the lateness apart: the newest two are enough to go back."""
-        apart = self._lateness(slot) + 1
-        latest = self.copied[slot, 0]
-        due = (latest == NONE) | ((cell % apart == 0) & (cell != latest))
+        """Keep copies of the state before cells that lie the lateness apart."""
+        due = self.past.due(slot, cell, self._lateness(slot) + 1)
         if not due.any():
             return
         slot, cell = slot[due], cell[due]
         self._copy_rows(slot + 1, slot + 2)
         self._copy_rows(slot, slot + 1)
-        self.copied[slot, 1] = self.copied[slot, 0]
-        self.copied[slot, 0] = cell
-        for one, oldest in zip(slot.tolist(), self.copied[slot, 1].tolist(), strict=True):
-            if oldest != NONE:
-                if one in self.published:
-                    self.published[one] = forget(self.published[one], oldest, self._ongoing(one))
-                if one in self.fills:
-                    self.fills[one] = [fill for fill in self.fills[one] if fill[0] >= oldest]
+        self.past.copy_taken(slot, cell, [self.judge.ongoing(one) for one in slot.tolist()])
 
     def _copy_rows(self, source: Int32Array, target: Int32Array) -> None:
-        for part in (self.windows, self.threshold, self.incidents):
+        for part in (self.windows, self.judge):
             part.copy_rows(source, target)
-        for array in (self.first_score_ms, self.shift, self.ahead):
+        for array in (self.shift, self.ahead):
             if array is not None:
                 array[target] = array[source]
 
     def _revise(self, wave: _Steps, result: Result) -> None:
         """Go back to before the cells of late points, take them in, and go through what came since once more."""
-        slot, newest = wave.slot, self.windows.newest[wave.slot].copy()
-        self.raw[slot, wave.cell % self.window] = wave.value
-        self.stamp[slot, wave.cell % self.window] = wave.timestamp_ms
-        far = slot[wave.cell < self.copied[slot, 0]]
+        past, slot, newest = self.past, wave.slot, self.windows.newest[wave.slot].copy()
+        past.note(slot, wave.cell, wave.value, wave.timestamp_ms)
+        far = slot[wave.cell < past.copied[slot, 0]]
         self._copy_rows(far + 2, far + 1)
-        self.copied[far, 0], self.copied[far, 1] = self.copied[far, 1], NONE
+        past.copied[far, 0], past.copied[far, 1] = past.copied[far, 1], NONE
         self._copy_rows(slot + 1, slot)
-        start = self.copied[slot, 0].copy()
+        start = past.copied[slot, 0].copy()
 
         output = _Output([], None)
         before = self.counts.as_dict()
         for ahead in range(int((newest - start).max()) + 1):
             on = start + ahead <= newest
             at, cell = slot[on], (start + ahead)[on]  # (K,)
-            value = self.raw[at, cell % self.window]
+            value = past.raw[at, cell % self.window]
             missing = np.isnan(value).all(axis=1)
-            stamp = np.where(missing, self.placing.time_ms(at, cell), self.stamp[at, cell % self.window])
+            stamp = np.where(missing, self.placing.time_ms(at, cell), past.stamp[at, cell % self.window])
             kind = np.where(missing, _Kind.MISSING, _Kind.OBSERVED).astype(np.uint8)
             self._advance(_Steps(at, cell, kind, stamp, value, wave.row[on]), output)
             for row_, at_cell in zip(at.tolist(), cell.tolist(), strict=True):
-                for after, filled, what in self.fills.get(row_, ()):
+                for after, filled, what in past.fills.get(row_, ()):
                     if after == at_cell:
                         one = np.array([row_], np.int32)
                         self.windows.fill(one, np.array([filled]), np.array([[what]]))
@@ -708,42 +590,12 @@ class Group:
         self.counts.revised += len(slot)
         for i, one in enumerate(slot.tolist()):
             said = [what for whose, what in output.said if whose == one and what.cell >= wave.cell[i]]
-
-            statements = self.published.setdefault(one, [])
-            for event in mend(statements, int(wave.cell[i]), said, partial(self._standing, one)):
+            statements = past.statements.setdefault(one, [])
+            for event in mend(statements, int(wave.cell[i]), said, partial(self.judge.standing, one)):
                 result.events.append(event)
                 result.event_rows.append(int(wave.row[i]))
 
-    def _ongoing(self, slot: int) -> str:
-        """Return the incident that goes on in a series, "" for none, whether it has been told of or not."""
-        if self.incidents.state[slot] == State.CLEAR:
-            return ""
-        return f"{incident_id(self.names[slot], int(self.incidents.opened_ms[slot]), self.served.ref):016x}"
-
-    def _standing(self, slot: int, incident: str) -> tuple[SeverityName, int] | None:
-        """Return severity and anomalous points of an incident, if it is the newest one of a series."""
-        if f"{int(self.incidents.id[slot]):016x}" != incident:
-            return None
-        return SEVERITIES[int(self.incidents.severity[slot]) - 1], int(self.incidents.anomalies[slot])
-
-    # -- events -----------------------------------------------------------------------------------------------------
-
     def _publish(self, output: _Output, result: Result) -> None:
         for slot, said in output.said:
-            event = say(self.published.setdefault(slot, []), said) if self.corrects[slot] else said.event
-            result.events.append(event)
+            result.events.append(self.past.say(slot, said))
             result.event_rows.append(said.row)
-
-    def _event(self, point: Judged, i: int, action: Action) -> Event:
-        slot = int(point.slot[i])
-        return anomaly_event(
-            point,
-            i,
-            action,
-            self.incidents,
-            name=self.names[slot],
-            served=self.served,
-            rule=self.rules[int(self.rule[slot])],
-            health=Health(self.threshold.health(point.slot[i : i + 1])[0]),
-            source=self.config.source,
-        )

@@ -43,7 +43,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from stream.columns import BoolArray, Float64Array, Int8Array, Int32Array, Int64Array, UInt64Array, grown
+from models.arrays import grown
+from stream.columns import BoolArray, Float64Array, Int8Array, Int32Array, Int64Array, UInt64Array
 
 NEVER = -1
 

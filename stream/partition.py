@@ -24,9 +24,10 @@ import numpy as np
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicPartition
 from aiokafka.errors import KafkaError, ProducerFenced
 
+from models.arrays import grown
 from stream import records, snapshot, steps
 from stream.blobs import SHADOW
-from stream.columns import BoolArray, Int32Array, grown
+from stream.columns import BoolArray, Int32Array
 from stream.detector import Detector
 from stream.errors import BrokerError, StoreError
 from stream.events import Event

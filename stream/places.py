@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stream.columns import BoolArray, Columns, Int64Array, grown
+from models.arrays import grown
+from stream.columns import BoolArray, Columns, Int32Array, Int64Array
 from stream.group import Group
 from stream.incidents import State
 from stream.policy import PolicyTable, Rule
@@ -33,6 +34,7 @@ class Places:
         served: Sequence[Served | None],
         table: PolicyTable,
         counts: Counts,
+        names: Sequence[str],
         general: Served | None = None,
     ) -> None:
         """Make groups without series.
@@ -43,11 +45,12 @@ class Places:
             served: the model of each rule; None of one that has none here. Equal ones share a group.
             table: the policies of the rules.
             counts: where the groups count.
+            names: of all series, by slot; they may become more.
             general: watches the KPIs that a stack has no model for; None: nothing does.
         """
         self.groups: list[Group] = []
-        self.group_of: Int64Array = np.zeros(0, np.int64)
-        self.row_of: Int64Array = np.zeros(0, np.int64)
+        self.group_of: Int32Array = np.zeros(0, np.int32)
+        self.row_of: Int32Array = np.zeros(0, np.int32)
         self.taken = self.on_general = 0
         refs: dict[str, int] = {}
 
@@ -56,7 +59,7 @@ class Places:
                 return NOWHERE
             if one.ref not in refs:
                 refs[one.ref] = len(self.groups)
-                self.groups.append(Group(config, one, rules, table, counts))
+                self.groups.append(Group(config, one, rules, table, counts, names))
             return refs[one.ref]
 
         self._of_rule = [number_of(one) for one in served]
@@ -66,7 +69,7 @@ class Places:
         """Give room to so many slots."""
         self.group_of, self.row_of = grown(self.group_of, room, NOWHERE), grown(self.row_of, room, NOWHERE)
 
-    def assign(self, slots: Int64Array, names: Sequence[str], rules: Int64Array) -> None:
+    def assign(self, slots: Int64Array, names: Sequence[str], rules: Int32Array) -> None:
         """Say of slots which group each belongs to; they have no rows yet."""
         at = zip(names, rules.tolist(), strict=True)
         self.group_of[slots] = [self._number_for(rule, name) for name, rule in at]
@@ -77,7 +80,7 @@ class Places:
         number = self._of_rule[rule] if rule >= 0 else NOWHERE
         return self._general if number >= 0 and self.groups[number].lacks(name) else number
 
-    def add(self, slots: Int64Array, names: Sequence[str], rules: Int64Array) -> None:
+    def add(self, slots: Int64Array, names: Sequence[str], rules: Int32Array) -> None:
         """Give series of groups their rows, all at once: each may have to be calibrated."""
         for number, group in enumerate(self.groups):
             own = np.flatnonzero(self.group_of[slots] == number)
@@ -101,7 +104,7 @@ class Places:
         opened = np.zeros(len(slots), np.bool_)
         for number, group in enumerate(self.groups):
             own = np.flatnonzero((self.group_of[slots] == number) & (self.row_of[slots] >= 0))
-            opened[own] = group.incidents.state[self.row_of[slots[own]]] == State.OPEN
+            opened[own] = group.judge.incidents.state[self.row_of[slots[own]]] == State.OPEN
         return opened
 
     def accept(self, points: Columns, result: Result, *, want_scores: bool = False) -> None:
@@ -113,6 +116,5 @@ class Places:
             mine = group_of == number
             own = points if len(self.groups) == 1 and mine.all() else points.take(mine)
             if len(own):
-                rows = self.row_of[own.slot].astype(np.int32)
-                own = Columns(rows, own.timestamp_ms, own.value, own.row, own.feature)
+                own = Columns(self.row_of[own.slot], own.timestamp_ms, own.value, own.row, own.feature)
                 group.accept(own, result, want_scores=want_scores)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from models.arrays import grown
 from stream import grid
-from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array, grown
+from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array
 from stream.policy import PolicyTable
 
 NO_PHASE = np.iinfo(np.int64).min
@@ -65,7 +66,7 @@ class Placing:
         misfit: how badly the last points fit, (S,) int32; `backoff` how often it was found to be nothing, (S,) uint8.
         probing: points are held, (S,) bool.
         waiting: see above, (S,) bool.
-        rule: row of the policy table, (S,) int64.
+        rule: row of the policy table, (S,) int32.
         held: points of probing series, in order of arrival; their rows are -1, they mean nothing in another batch.
         changes: what happened to grids since `begin_batch`.
         repeats: points that were held and came once more; the last one stays.
@@ -81,7 +82,7 @@ class Placing:
         self.backoff: Int8Array = np.zeros(0, np.uint8)
         self.probing: BoolArray = np.zeros(0, np.bool_)
         self.waiting: BoolArray = np.zeros(0, np.bool_)
-        self.rule: Int64Array = np.zeros(0, np.int64)
+        self.rule: Int32Array = np.zeros(0, np.int32)
         self.held = Columns.empty()
         self.changes: list[GridChange] = []
         self.repeats = 0

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from stream.columns import BoolArray, Float64Array, Int64Array
+from stream.columns import BoolArray, Float64Array, Int32Array, Int64Array
 
 HOUR_MS = 3_600_000
 
@@ -102,7 +102,7 @@ class PolicyTable:
             for name, spec in Policy.__dataclass_fields__.items()
         })  # fmt: skip
 
-    def risk(self, rule: Int64Array, interval_ms: Int64Array, most: float) -> Float64Array:
+    def risk(self, rule: Int32Array, interval_ms: Int64Array, most: float) -> Float64Array:
         """Return q for series of these rules and intervals, (K,); a budget gives at most `most`."""
         budget = self.alarms_per_ms[rule] * interval_ms
         return np.where(self.alarms_per_ms[rule] > 0, np.minimum(budget, most), self.q[rule])

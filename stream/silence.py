@@ -20,7 +20,8 @@ from enum import IntEnum
 
 import numpy as np
 
-from stream.columns import BoolArray, Int8Array, Int32Array, Int64Array, grown
+from models.arrays import grown
+from stream.columns import BoolArray, Int8Array, Int32Array, Int64Array
 
 NEVER = -1
 

@@ -23,9 +23,10 @@ from stream.blobs import SHADOW, Header, model_id, opened
 from stream.columns import AnyArray, BoolArray, Columns, Float32Array, Int32Array, Int64Array, name_problem
 from stream.detector import Detector
 from stream.errors import StateError
-from stream.group import NEVER, Group
-from stream.group import NONE as NO_COPY
+from stream.group import Group
 from stream.incidents import Incidents
+from stream.judge import NEVER
+from stream.past import NONE as NO_COPY
 from stream.places import Places
 from stream.placing import NO_PHASE, Placing
 from stream.revision import Statement
@@ -69,7 +70,7 @@ _decode_tail = msgspec.msgpack.Decoder(_Tail).decode
 
 def row_dtype(group: Group, window: int | None = None) -> np.dtype[np.void]:
     """Return the packed record of one series: grid, silence, window, incident, threshold."""
-    return record_dtype(window or group.window, group.features, group.threshold.dtype)
+    return record_dtype(window or group.window, group.features, group.judge.threshold.dtype)
 
 
 def record_dtype(w: int, f: int, threshold: np.dtype[Any]) -> np.dtype[np.void]:
@@ -104,7 +105,7 @@ _sizes: dict[tuple[int, int, int], int] = {}
 
 def _row_size(group: Group, window: int) -> int:
     """Return the bytes of a record; a dtype takes longer to make than a blob to open."""
-    key = (window, group.features, group.threshold.dtype.itemsize)
+    key = (window, group.features, group.judge.threshold.dtype.itemsize)
     if key not in _sizes:
         _sizes[key] = row_dtype(group, window).itemsize
     return _sizes[key]
@@ -123,7 +124,7 @@ def pack(detector: Detector, slots: Int32Array) -> dict[bytes, bytes]:
             own = slots[places.group_of[slots] == number]
             if len(own):
                 fields = [name.encode() + suffix for name in detector.names(own.tolist())]
-                blobs |= _blobs(detector, group, own, places.row_of[own].astype(np.int32), fields)
+                blobs |= _blobs(detector, group, own, places.row_of[own], fields)
     return blobs
 
 
@@ -149,13 +150,14 @@ def _records(group: Group, at: Int32Array) -> AnyArray:
     rows = np.zeros(len(at), row_dtype(group))
     for part, fields in (
         (group.placing, Placing.ARRAYS),
-        (group, ("first_score_ms", "shift")),
+        (group, ("shift",)),
+        (group.judge, ("first_score_ms",)),
         (group.windows, _WINDOW_FIELDS),
-        (group.incidents, Incidents.ARRAYS),
+        (group.judge.incidents, Incidents.ARRAYS),
     ):
         for name in fields:
             rows[name] = getattr(part, name)[at]
-    rows["threshold"] = group.threshold.pack(at)
+    rows["threshold"] = group.judge.threshold.pack(at)
     return rows
 
 
@@ -167,13 +169,13 @@ def _tails(group: Group, at: Int32Array) -> dict[int, bytes]:
         held[slot].append((point[0], point[1], point[2]))
     wait = at[group.placing.waiting[at]]
     waiting = wait[(group.waiting.cell[wait] != NOT_CLOSED).any(axis=1)]
-    corrects = at[group.corrects[at]]
+    corrects = at[group.past.corrects[at]]
     withheld = _withheld(group, np.concatenate([at, corrects + 1, corrects + 2]))
     tails = {}
     for slot in {*held, *waiting.tolist(), *corrects.tolist(), *withheld.keys() & set(at.tolist())}:
         open_points = group.waiting.open_points(slot) if group.placing.waiting[slot] else Columns.empty()
         opened = [(t, v, f) for _, t, v, f in zip(*(a.tolist() for a in _triple(open_points)), strict=True)]
-        revisable = _revisable(group, slot, withheld) if group.corrects[slot] else None
+        revisable = _revisable(group, slot, withheld) if group.past.corrects[slot] else None
         tails[slot] = _encode_tail(_Tail(held.get(slot, []), opened, revisable, withheld.get(slot, b"")))
     return tails
 
@@ -193,16 +195,16 @@ def _revisable(group: Group, slot: int, withheld: Mapping[int, bytes]) -> _Revis
     copies = _records(group, np.array([slot + 1, slot + 2], np.int32))
     published = [
         (one.cell, one.plain, one.published, events.encode(one.event), one.live, one.versions)
-        for one in group.published.get(slot, [])
+        for one in group.past.statements.get(slot, [])
     ]
-    latest, oldest = group.copied[slot].tolist()
+    latest, oldest = group.past.copied[slot].tolist()
     return _Revisable(
         (latest, oldest),
         copies.tobytes(),
-        group.raw[slot].astype("<f8").tobytes(),
-        group.stamp[slot].astype("<i8").tobytes(),
+        group.past.raw[slot].astype("<f8").tobytes(),
+        group.past.stamp[slot].astype("<i8").tobytes(),
         published,
-        group.fills.get(slot, []),
+        group.past.fills.get(slot, []),
         (withheld.get(slot + 1, b""), withheld.get(slot + 2, b"")),
     )
 
@@ -348,7 +350,7 @@ def _sound_tail(group: Group, tail: _Tail, window: int, record: bytes) -> bool:
 def _restore(detector: Detector, places: Places, group: Group, window: int, blobs: list[_Blob]) -> Restored:
     """Restore series of one group and one length of window."""
     slots = np.array([one.slot for one in blobs], np.int32)
-    at = places.row_of[slots].astype(np.int32)
+    at = places.row_of[slots]
     rows = np.frombuffer(b"".join(one.record for one in blobs), row_dtype(group, window))
     which, rings, fits = _rings(rows, [b"" if one.tail is None else one.tail.withheld for one in blobs], window)
     good = sound(rows, window) & fits
@@ -365,7 +367,7 @@ def _restore(detector: Detector, places: Places, group: Group, window: int, blob
         getattr(group.placing, name)[at] = rows[name]
     refused += _put(group, at, _fitted(group, rows, window), same, [one.name for one in blobs])
     group.windows.withheld.restore(withheld_at, rings)
-    group.first_score_ms[at[~same]] = NEVER
+    group.judge.first_score_ms[at[~same]] = NEVER
 
     regrid = _set_grids(group, at, detector.table.interval_ms[detector.rule_of[slots]])
     group.resume(at)
@@ -397,15 +399,15 @@ def _put(group: Group, at: Int32Array, rows: AnyArray, same_model: BoolArray, na
     """Write records into the arrays; return the complaints about single thresholds, which stay as new ones."""
     refused = []
     try:
-        group.threshold.unpack(at[same_model], rows["threshold"][same_model])
+        group.judge.threshold.unpack(at[same_model], rows["threshold"][same_model])
     except StateError:  # find out whose it is
         for i in np.flatnonzero(same_model).tolist():
             try:
-                group.threshold.unpack(at[i : i + 1], rows["threshold"][i : i + 1])
+                group.judge.threshold.unpack(at[i : i + 1], rows["threshold"][i : i + 1])
             except StateError as e:
                 refused.append(StateError(f"state of {names[i]!r}: {e}"))
-    group.first_score_ms[at], group.shift[at] = rows["first_score_ms"], rows["shift"]
-    for part, fields in ((group.windows, _WINDOW_FIELDS), (group.incidents, Incidents.ARRAYS)):
+    group.judge.first_score_ms[at], group.shift[at] = rows["first_score_ms"], rows["shift"]
+    for part, fields in ((group.windows, _WINDOW_FIELDS), (group.judge.incidents, Incidents.ARRAYS)):
         for name in fields:
             getattr(part, name)[at] = rows[name]
     return refused
@@ -457,20 +459,21 @@ def _put_tail(group: Group, slot: int, tail: _Tail, *, revisable: bool) -> None:
         points, cell = points.take(room), cell[room]
         group.waiting.restore(slot, int(group.waiting.closed[slot]), points, cell)
     past = tail.revisable
-    if past is None or not revisable or not group.corrects[slot]:
+    if past is None or not revisable or not group.past.corrects[slot]:
         return
     at, copies = np.array([slot + 1, slot + 2], np.int32), np.frombuffer(past.copies, row_dtype(group))
     _put(group, at, copies, np.ones(2, np.bool_), ["", ""])
     which, rings, _ = _rings(copies, past.withheld, group.window)
     group.windows.withheld.restore(at[which], rings)
-    group.copied[slot] = past.copied
-    at = at[group.copied[slot] != NO_COPY]
-    group.threshold.set_risk(at, group.q[slot])  # what the rule asks for now, as of the series itself
-    group.threshold.set_drift(at, int(group.table.drift[group.rule[slot]]))
-    group.raw[slot] = np.frombuffer(past.raw, "<f8").reshape(group.raw.shape[1:])
-    group.stamp[slot] = np.frombuffer(past.stamp, "<i8")
-    group.fills[slot] = list(past.fills)
-    group.published[slot] = [
+    group.past.copied[slot] = past.copied
+    at = at[group.past.copied[slot] != NO_COPY]
+    # What the rule asks for now, as of the series itself.
+    group.judge.threshold.set_risk(at, group.judge.threshold.risk(np.array([slot], np.int32)))
+    group.judge.threshold.set_drift(at, int(group.table.drift[group.rule[slot]]))
+    group.past.raw[slot] = np.frombuffer(past.raw, "<f8").reshape(group.past.raw.shape[1:])
+    group.past.stamp[slot] = np.frombuffer(past.stamp, "<i8")
+    group.past.fills[slot] = list(past.fills)
+    group.past.statements[slot] = [
         Statement(cell, plain, published, events.decode(event), live, versions)
         for cell, plain, published, event, live, versions in past.published
     ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from stream.columns import BoolArray, Columns, Float64Array, Int32Array, Int64Array, grown
+from models.arrays import grown
+from stream.columns import BoolArray, Columns, Float64Array, Int32Array, Int64Array
 from stream.placing import Cells
 
 NONE = -(2**62)  # no cell

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from stream.columns import BoolArray, Float32Array, Float64Array, Int8Array, Int32Array, Int64Array, grown
+from models.arrays import grown
+from stream.columns import BoolArray, Float32Array, Float64Array, Int8Array, Int32Array, Int64Array
 from stream.withheld import Withheld, unpacked
 
 STEPS_MIN = 8  # changes that a mean of them needs

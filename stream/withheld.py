@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stream.columns import AnyArray, BoolArray, Float32Array, Int32Array, Int64Array, grown
+from models.arrays import grown
+from stream.columns import AnyArray, BoolArray, Float32Array, Int32Array, Int64Array
 
 _SPARE = 64  # rings that may lie idle
 

@@ -170,7 +170,7 @@ def _in_a_process(kpis: int, window: int, known: bool) -> tuple[int, float]:
 def _resident(kpis: int, window: int, known: bool) -> tuple[int, float]:
     use_one_thread()
     made = _made(kpis, _POLL, window, known=known)
-    counted = sum(sys.getsizeof(part) for part in (made.index, made.index.names, made.groups[0].names))
+    counted = sum(sys.getsizeof(part) for part in (made.index, made.index.names))
     counted += sum(sys.getsizeof(name) + sys.getsizeof(slot) for name, slot in made.index.items())
     for array in _arrays(made, set()):
         counted += array.nbytes

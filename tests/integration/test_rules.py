@@ -135,7 +135,7 @@ def thresholds(worker: Worker) -> dict[str, tuple[float, int]]:
         detector = partition.detector
         for slot, name in enumerate(detector.index.names):
             group = detector.groups[int(detector.group_of[slot])]
-            packed = group.threshold.pack(np.array([int(detector.row_of[slot])]))
+            packed = group.judge.threshold.pack(np.array([int(detector.row_of[slot])]))
             found[name] = (float(packed["t"][0]), int(packed["n"][0]))
     return found
 

@@ -72,7 +72,7 @@ def test_one_batch_equals_the_point_by_point_reference() -> None:
         assert out.counts == reference.counts
         if setup.config.series_max:
             assert live.places.taken <= setup.config.series_max
-            assert sum(len(group.names) for group in live.groups) <= 4 * setup.config.series_max * len(live.groups)
+            assert sum(group.rows for group in live.groups) <= 4 * setup.config.series_max * len(live.groups)
         seen.update(reason for _, reason, _ in out.rejects)
         returned = set(out.evicted) & {live.index.names[slot] for slot in np.flatnonzero(live.row_of >= 0)}
         seen.update({"evicted": len(out.evicted), "returned": len(returned)})

@@ -103,7 +103,7 @@ def test_shadows_give_their_places_too() -> None:
     live = Detector(one.config, one.rules, one.served, shadows=(beside,))
     for i in range(20):
         taken(live, (f"s{i}", 100 * i))
-    assert [len(group.names) for group in (*live.groups, *live.shadows.groups)] == [1, 1]
+    assert [group.rows for group in (*live.groups, *live.shadows.groups)] == [1, 1]
 
 
 def test_a_state_of_more_series_than_there_may_be_now_is_kept_until_they_are_idle() -> None:

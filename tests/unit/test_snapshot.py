@@ -1,6 +1,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -144,7 +145,7 @@ def all_kinds() -> Detector:
         SETUP,
     )
     group, row = group_of(live, "open")
-    assert group.incidents.state[row] == State.OPEN
+    assert group.judge.incidents.state[row] == State.OPEN
     one, three = live.groups[1], live.groups[0]
     assert sorted(np.unique(one.placing.held.slot).tolist()) == sorted(
         group_of(live, name)[1] for name in ("probing", "regridding")
@@ -154,9 +155,9 @@ def all_kinds() -> Detector:
     assert (one.waiting.cell[group_of(live, "waiting")[1]] != NOT_CLOSED).sum() == 1
     assert live.silence.silent[live.index["silent"]]
     row = group_of(live, "correcting")[1]
-    assert one.published[row]
-    assert one.fills[row]
-    assert (one.copied[row] != NOT_CLOSED).all()
+    assert one.past.statements[row]
+    assert one.past.fills[row]
+    assert (one.past.copied[row] != NOT_CLOSED).all()
     return live
 
 
@@ -185,8 +186,8 @@ def test_all_comes_back() -> None:
     for name in map(bytes.decode, NAMES):
         (mine, here), (theirs, there) = group_of(fresh, name), group_of(LIVE, name)
         assert mine.served.ref == theirs.served.ref
-        for part in ("placing", "windows", "incidents", "waiting"):
-            one, other = getattr(mine, part), getattr(theirs, part)
+        for part in ("placing", "windows", "judge.incidents", "waiting"):
+            one, other = attrgetter(part)(mine), attrgetter(part)(theirs)
             if part == "waiting" and not theirs.placing.waiting[there]:
                 continue
             for field in getattr(other, "ARRAYS", ("closed", "newest", "cell")):
@@ -199,11 +200,13 @@ def test_all_comes_back() -> None:
             strict=True,
         ):
             np.testing.assert_array_equal(is_, was)
-        for field in ("first_score_ms", "q", "copied", "rule", "corrects"):
-            np.testing.assert_array_equal(getattr(mine, field)[here], getattr(theirs, field)[there])
-        assert mine.threshold.pack(np.array([here])) == theirs.threshold.pack(np.array([there]))
-        assert mine.published.get(here) == theirs.published.get(there)
-        assert mine.fills.get(here) == theirs.fills.get(there)
+        assert mine.rule[here] == theirs.rule[there]
+        assert mine.past.copied[here].tolist() == theirs.past.copied[there].tolist()
+        assert mine.past.corrects[here] == theirs.past.corrects[there]
+        assert mine.judge.first_score_ms[here] == theirs.judge.first_score_ms[there]
+        assert mine.judge.threshold.pack(np.array([here])) == theirs.judge.threshold.pack(np.array([there]))
+        assert mine.past.statements.get(here) == theirs.past.statements.get(there)
+        assert mine.past.fills.get(here) == theirs.past.fills.get(there)
         slots = fresh.index[name], LIVE.index[name]
         for field in LIVE.silence.ARRAYS:
             assert getattr(fresh.silence, field)[slots[0]] == getattr(LIVE.silence, field)[slots[1]], (name, field)
@@ -635,7 +638,7 @@ def test_of_another_window_the_newest_cells_are_kept(window: int) -> None:
         was, before = group_of(LIVE, name)
         assert group.windows.filled[row] == cells
         np.testing.assert_array_equal(group.windows.usual_step([row]), was.windows.usual_step([before]))  # type: ignore[arg-type]
-        assert group.threshold.pack(np.array([row])) == was.threshold.pack(np.array([before]))
+        assert group.judge.threshold.pack(np.array([row])) == was.judge.threshold.pack(np.array([before]))
     missing = max(window - 9, 0)
     more = normal_points(missing + 1, name="open", start=T0 + 120 * MINUTE)
     scores = fresh.accept(columns(fresh, more), want_scores=True).scores
@@ -672,13 +675,13 @@ def test_another_risk_moves_the_quantile_along_the_tail_that_is_kept(q: float) -
     fresh, outcome = of_kpi("open", config(q=q))
     assert (outcome.series, outcome.refused) == (1, [])
     (group, row), (was, before) = group_of(fresh, "open"), group_of(LIVE, "open")
-    mine, theirs = (of.threshold.pack(np.array([at]))[0] for of, at in ((group, row), (was, before)))
-    assert mine["q"] == group.q[row] == q
+    mine, theirs = (of.judge.threshold.pack(np.array([at]))[0] for of, at in ((group, row), (was, before)))
+    assert mine["q"] == q
     for field in ("phase", "n", "n_excess", "t", "shape", "scale", "peaks"):
         np.testing.assert_array_equal(mine[field], theirs[field])
     assert (mine["z"] > theirs["z"]) == (q < 0.05)
     assert mine["z"] != theirs["z"]
-    moved = restored({b"open": BLOBS[b"open"]})[0].groups[1].threshold
+    moved = restored({b"open": BLOBS[b"open"]})[0].groups[1].judge.threshold
     moved.set_risk(np.array([0]), q)
     assert moved.pack(np.array([0]))["z"] == mine["z"]
 
@@ -686,8 +689,7 @@ def test_another_risk_moves_the_quantile_along_the_tail_that_is_kept(q: float) -
 def test_a_budget_is_a_risk_at_the_interval_that_is_known_already() -> None:
     fresh, _ = of_kpi("open", config(alarms_per_ms=0.02 / MINUTE))
     group, row = group_of(fresh, "open")
-    assert group.q[row] == pytest.approx(0.02)
-    assert group.threshold.pack(np.array([row]))["q"] == group.q[row]
+    assert group.judge.threshold.risk(np.array([row])) == pytest.approx(0.02)
 
 
 def test_another_risk_holds_for_the_past_that_can_still_be_revised() -> None:
@@ -696,7 +698,7 @@ def test_another_risk_holds_for_the_past_that_can_still_be_revised() -> None:
     newest = int(group.placing.time_ms(np.array([row], np.int32), group.windows.newest[row : row + 1])[0])
     fresh.accept(columns(fresh, [("correcting", newest - MINUTE, 12.25)]))
     assert fresh.counts.revised == 1
-    assert group.threshold.pack(np.array([row]))["q"] == 0.01
+    assert group.judge.threshold.pack(np.array([row]))["q"] == 0.01
 
 
 @pytest.mark.parametrize("lateness", [0, 1, 2])
@@ -780,9 +782,9 @@ def test_of_another_interval_the_window_begins_anew_and_threshold_and_incident_s
     assert group.placing.interval_ms[row] == interval_ms
     assert group.windows.filled[row] == 0
     assert np.isnan(group.windows.usual_step(np.array([row], np.int32))).all()
-    assert group.threshold.pack(np.array([row])) == was.threshold.pack(np.array([before]))
-    for field in group.incidents.ARRAYS:
-        assert getattr(group.incidents, field)[row] == getattr(was.incidents, field)[before]
+    assert group.judge.threshold.pack(np.array([row])) == was.judge.threshold.pack(np.array([before]))
+    for field in group.judge.incidents.ARRAYS:
+        assert getattr(group.judge.incidents, field)[row] == getattr(was.judge.incidents, field)[before]
     more = normal_points(40, name="open", start=T0 + 120 * MINUTE + 7, interval=interval_ms)
     out = run(fresh, more)
     assert out.kinds[0] == "resolved"
@@ -842,8 +844,8 @@ def test_another_drift_begins_the_threshold_anew() -> None:
     fresh, outcome = of_kpi("open", config(drift=50))
     assert (outcome.series, outcome.refused) == (1, [])
     group, row = group_of(fresh, "open")
-    assert group.threshold.health(np.array([row])).tolist() == [Health.WARMING]
-    assert group.threshold.pack(np.array([row]))["depth"] == 50
+    assert group.judge.threshold.health(np.array([row])).tolist() == [Health.WARMING]
+    assert group.judge.threshold.pack(np.array([row]))["depth"] == 50
 
 
 SERVED = (
@@ -888,7 +890,7 @@ def test_any_state_goes_on_under_any_rules(
     assert [events.encode(event) for event in result.events] == [events.encode(event) for event in other.events]
     assert packed(again) == packed(fresh)
     for group in fresh.groups:
-        used = np.arange(len(group.names), dtype=np.int32)[[bool(name) for name in group.names]]
+        used = np.flatnonzero(group.series >= 0).astype(np.int32)
         full = used[group.windows.filled[used] == group.window]
         values, _ = group.windows.history(full, group.windows.newest[full] + 1)
         assert np.isfinite(values).all()
@@ -963,7 +965,7 @@ def test_bytes_of_one_entity() -> None:
     live = fed(entity_points(400), replace(SETUP, config=replace(SETUP.config, pot=PotConfig())))
     group = live.groups[0]
     (blob,) = packed(live).values()
-    one = snapshot.row_dtype(Group(live.config, ONE, SETUP.rules, live.table, live.counts)).itemsize
+    one = snapshot.row_dtype(Group(live.config, ONE, SETUP.rules, live.table, live.counts, [])).itemsize
     # 4 bytes and a bit a value of the window, and a few numbers a feature; the threshold is one for all.
     assert snapshot.row_dtype(group).itemsize <= one + 2 * (9 * 4 + 2 + 30)
     print(f"W=9 F=3: {len(blob)} bytes")  # noqa: T201

@@ -57,7 +57,7 @@ def test_a_series_that_probes() -> None:
 def test_a_series_with_all_that_there_is() -> None:
     points = normal_points(120)
     live = fed([*points[:-1], ("a", points[-1][1], 500.0)])
-    said, spot = known(live, "a"), live.groups[0].threshold
+    said, spot = known(live, "a"), live.groups[0].judge.threshold
     assert said.interval_s == 60.0 and not said.probing
     assert said.filled == 1.0 and 0.5 < said.learned < 1.0
     assert said.threshold.health in ("ok", "degenerate", "drifting")

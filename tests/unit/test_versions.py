@@ -76,7 +76,7 @@ def test_a_state_of_version_1_goes_on_where_it_was() -> None:
         for part, fields in (
             (group.placing, ("interval_ms", "phase_ms")),
             (group.windows, ("newest", "filled")),
-            (group.incidents, ("id", "opened_ms", "anomalies", "peak_value")),
+            (group.judge.incidents, ("id", "opened_ms", "anomalies", "peak_value")),
         ):
             for field in fields:
                 assert getattr(part, field)[row] == then[field], (name, field)
@@ -85,7 +85,7 @@ def test_a_state_of_version_1_goes_on_where_it_was() -> None:
         values, learned = history(fresh, name)
         np.testing.assert_array_equal(values, then["history"][0])
         np.testing.assert_array_equal(learned, then["history"][1])
-        assert group.incidents.state[row] == (State.OPEN if then["open"] else State.CLEAR)
+        assert group.judge.incidents.state[row] == (State.OPEN if then["open"] else State.CLEAR)
         assert fresh.silence.last_ms[fresh.index[name]] == then["phase_ms"] + then["newest"] * MINUTE
         assert not group.placing.probing[row]
 
