@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import base
-from models.base import Assessment, Batch, Constants, Context, Family, Float64, Weights, check_shape, residual
+from models import family
+from models.base import Assessment, Constants, Context, Float64, check_shape, residual
 from models.errors import ConfigError
+from models.family import Batch, Family, Weights
 from models.scaling import SMALLEST, local_spread
 from models.serving import ServedModel, fitting_chunk
 
@@ -109,7 +110,7 @@ class AutoEncoderConfig:
         return found
 
 
-class Network(base.Network):
+class Network(family.Network):
     """The layers; takes and gives standardised windows."""
 
     def __init__(self, config: AutoEncoderConfig) -> None:
@@ -137,7 +138,7 @@ class Network(base.Network):
         Absolute, so that a spike that nobody labelled hardly moves it. Out of training the newest point is always
         hidden: the loss that decides when to stop is that of the task, and has no chance in it.
         """
-        x, hidden = batch.x, base.hide_newest(batch.x)
+        x, hidden = batch.x, family.hide_newest(batch.x)
         if self.training:
             hidden = torch.where(torch.rand(len(x), 1, 1) < HIDDEN_SHARE, hidden, x)
         error = torch.where(batch.counts, (self(hidden) - x).abs(), 0.0)
@@ -151,7 +152,7 @@ class Network(base.Network):
         always the same has a reach like any other; one that is always rebuilt exactly, or never counts, has the least.
         """
         x, counts = batch.x.double().numpy(), batch.counts[:, -1].numpy()
-        error = np.abs(x[:, -1] - self(base.hide_newest(batch.x))[:, -1].double().numpy())  # (B, F)
+        error = np.abs(x[:, -1] - self(family.hide_newest(batch.x))[:, -1].double().numpy())  # (B, F)
         history, features = x[:, :-1], self.config.features
         usual = np.full((len(x), features), np.nan)  # with scaling "window" each window's own is the best known
         if self.config.scaling == "train":

@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import huber_loss, softplus
 
-from models import base
-from models.base import Bool, Context, Float64, Int64, Weights
+from models import base, family
+from models.base import Bool, Context, Float64, Int64
 from models.batching import run_padded
 from models.errors import ConfigError
+from models.family import Weights
 from models.scaling import FLAT, INPUT_LIMIT, SMALLEST, clock, standardise
 from models.serving import ServedModel, fitting_chunk
 
@@ -110,7 +111,7 @@ class BagelConfig:
         return shapes
 
 
-class Network(base.Network):
+class Network(family.Network):
     """The layers as in the paper, while they are trained; takes and gives standardised values."""
 
     encoder1: nn.Linear
@@ -140,7 +141,7 @@ class Network(base.Network):
         h = torch.relu(self.decoder2(h))
         return self.x_mean(h), softplus(self.x_std(h)) + self.config.std_floor
 
-    def loss(self, batch: base.Batch) -> Tensor:
+    def loss(self, batch: family.Batch) -> Tensor:
         """Return -M-ELBO of each window by one latent draw, (B,); in training, with the squares of the weights.
 
         A value that does not count (missing, labelled anomalous, or left out at random in training) is 0 in the input.
@@ -159,7 +160,7 @@ class Network(base.Network):
         squares = torch.stack([one.square().sum() for one in self._regularised()]).sum()
         return self.config.weight_decay * squares - m_elbo(log_density(x, x_mean, x_std), normal, z, z_std, noise)
 
-    def measure(self, batch: base.Batch) -> dict[str, Float64]:
+    def measure(self, batch: family.Batch) -> dict[str, Float64]:
         """Return `floor`: the NLL that hardly any training window falls below, (1,), nats."""
         counts = batch.counts[:, -1, 0]
         if not counts.any():
@@ -457,7 +458,7 @@ def _usual_step(context: Context) -> Float64:
     return step
 
 
-FAMILY = base.Family(
+FAMILY = family.Family(
     name="bagel",
     title="Bagel",
     method="a conditional VAE tells how likely the last point of a window is; the less likely, the higher the score",

@@ -27,9 +27,9 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
-from models.base import Family
 from models.errors import CheckpointError, ConfigError
 from models.families import family as family_of
+from models.family import Family
 from models.serving import ServedModel
 
 FORMAT = 2

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.base import Batch, Bool, Constants, Context, Float64, Int64
+from models.base import Bool, Constants, Context, Float64, Int64
 from models.errors import ConfigError
+from models.family import Batch
 from models.scaling import clock, normalise, standardise
 from models.windows import TrainSeries, complete, usable_targets, usual_step
 

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import base
-from models.base import Assessment, Batch, Constants, Context, Family, Weights, check_shape, residual
+from models import family
+from models.base import Assessment, Constants, Context, check_shape, residual
 from models.errors import ConfigError
+from models.family import Batch, Family, Weights
 from models.scaling import local_spread
 from models.serving import ServedModel, fitting_chunk
 
@@ -81,7 +82,7 @@ def nearest_windows(window: int) -> tuple[int, int]:
     return below, below if below >= window else below + 4
 
 
-class Network(base.Network):
+class Network(family.Network):
     """The layers; takes and gives standardised values."""
 
     def __init__(self, config: DeepAnTConfig) -> None:

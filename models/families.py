@@ -2,8 +2,8 @@
 
 from importlib import import_module
 
-from models.base import Family
 from models.errors import ConfigError
+from models.family import Family
 
 NAMES = ("deepant", "bagel", "mtad_gat", "autoencoder", "vae")
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.base import Batch, Bool, Float64, Int64, Network
+from models.base import Bool, Float64, Int64
 from models.corpus import Corpus
+from models.family import Batch, Network
 
 RETRIES = 4  # of a member that diverged, each at a lower rate
 LOWER = 0.3  # the factor of such a rate

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.base import Bool, Float64, Weights
+from models.base import Bool, Float64
 from models.batching import run_padded
 from models.errors import ConfigError
+from models.family import Weights
 
 Float32 = NDArray[np.float32]
 

@@ -22,20 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.base import (
-    Assessment,
-    Batch,
-    Bool,
-    Constants,
-    Context,
-    Family,
-    Float64,
-    Network,
-    Weights,
-    check_shape,
-    residual,
-)
+from models.base import Assessment, Bool, Constants, Context, Float64, check_shape, residual
 from models.errors import ConfigError
+from models.family import Batch, Family, Network, Weights
 from models.mtad_gat_pass import Pass
 from models.scaling import FLAT, INPUT_LIMIT, local_spread, normalise, standardise
 from models.serving import ServedModel

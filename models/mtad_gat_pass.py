@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from models.base import Weights
+    from models.family import Weights
     from models.mtad_gat import MTADGATConfig
 
 _ATTENTION = ("left", "offset", "right", "attention", "bias")

@@ -11,26 +11,25 @@ are labels. NAME alone means what is labelled `stable`, or the highest version w
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from models.card import card
-from models.checkpoint import Bundle, Checkpoint, decode, encode
 from models.errors import CheckpointError
+from models.refs import check_label, check_name, is_name, is_version, parse_ref
+
+if TYPE_CHECKING:  # what names and labels are there can be told without torch
+    from models.checkpoint import Bundle, Checkpoint
 
 LABELS = "labels.json"
 STABLE = "stable"
 LARGEST_FILE = 2**30  # bytes; a stack of 10,000 small models is below 500 MB
 LARGEST_LABELS = 2**16
 _HISTORY = 20  # versions that a label remembers
-_NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,99}")
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
-_LABEL = re.compile(r"[a-z][a-z0-9_-]{0,30}")
 
 
 def bundled_root() -> Path:
@@ -47,54 +46,10 @@ def bundled_root() -> Path:
     raise CheckpointError(f"no bundled checkpoints at {places[0]} or {places[1]}; reinstall tocsin, or name a root")
 
 
-def check_name(name: str) -> str:
-    """Return the name of a model if it is one.
-
-    Raises:
-        CheckpointError: it is not; above all when it would leave its root.
-    """
-    if not _NAME.fullmatch(name):
-        raise CheckpointError(
-            f"{name!r} is not the name of a model: 1 to 100 of a-z 0-9 _ . - are, without a leading dot or dash"
-        )
-    return name
-
-
-def check_label(label: str) -> str:
-    """Return a label if it is one.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    if not _LABEL.fullmatch(label):
-        raise CheckpointError(f"{label!r} is not a label: up to 31 of a-z 0-9 _ - are, beginning with a letter")
-    return label
-
-
-def parse_ref(ref: str) -> tuple[str, int | str | None]:
-    """Split NAME, NAME@VERSION or NAME@LABEL; what stands behind is a number, a label or None.
-
-    Raises:
-        CheckpointError: it is none of them.
-    """
-    name, at, behind = ref.partition("@")
-    check_name(name)
-    if not at:
-        return name, None
-    if _VERSION.fullmatch(behind):
-        return name, int(behind)
-    if _LABEL.fullmatch(behind):
-        return name, behind
-    raise CheckpointError(f"{behind!r} in {ref!r} is no version and no label; write NAME@1, NAME@stable, or NAME")
-
-
 def names(roots: Path | Sequence[Path]) -> list[str]:
     """Names of the models in the roots, sorted; those with a version only."""
     found = {
-        entry.name
-        for root in _roots(roots)
-        for entry in _entries(root)
-        if _NAME.fullmatch(entry.name) and _versions_in(entry)
+        entry.name for root in _roots(roots) for entry in _entries(root) if is_name(entry.name) and _versions_in(entry)
     }
     return sorted(found)
 
@@ -195,6 +150,8 @@ def read(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is damaged, of another format or family, or inconsistent.
     """
+    from models.checkpoint import decode
+
     return decode(path, path.parent.name, int(path.name), read_bytes)
 
 
@@ -206,6 +163,9 @@ def save(root: Path, name: str, bundle: Bundle) -> Path:
     Raises:
         CheckpointError: the name is not one, a weight or score is not finite, or the disk refuses.
     """
+    from models.card import card
+    from models.checkpoint import encode
+
     check_name(name)
     place = root / name
     try:
@@ -291,7 +251,7 @@ def _entries(directory: Path) -> list[Path]:
 
 
 def _versions_in(place: Path) -> list[int]:
-    return sorted(int(entry.name) for entry in _entries(place) if _VERSION.fullmatch(entry.name) and entry.is_dir())
+    return sorted(int(entry.name) for entry in _entries(place) if is_version(entry.name) and entry.is_dir())
 
 
 def _labels_in(place: Path) -> dict[str, list[int]]:

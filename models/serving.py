@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.base import Assessment, Bool, Config, Constants, Context, Float64, Weights
+from models.base import Assessment, Bool, Config, Constants, Context, Float64
 from models.batching import SIZES, run_padded
 from models.errors import ConfigError
+from models.family import Weights
 from models.scaling import normalise, standardise
 
 C = TypeVar("C", bound=Config)

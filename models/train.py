@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.base import Config, Constants, Family, Int64, score
+from models.base import Config, Constants, Int64, score
 from models.checkpoint import Bundle, Source, Training
 from models.corpus import FEWEST, Corpus, Layout, enough, gather
 from models.errors import ConfigError
+from models.family import Family
 from models.fit import RETRIES, Fit, PassReport, Recipe, State, robust_mean
 from models.resume import Store
 from models.serving import ServedModel

@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import base
-from models.base import LARGEST, Assessment, Batch, Bool, Constants, Context, Family, Float64, Weights, check_shape
+from models import base, family
+from models.base import LARGEST, Assessment, Bool, Constants, Context, Float64, check_shape
 from models.errors import ConfigError
+from models.family import Batch, Family, Weights
 from models.serving import ServedModel, fitting_chunk
 
 Float32 = NDArray[np.float32]
@@ -101,7 +102,7 @@ class VAEConfig:
         return found
 
 
-class Network(base.Network):
+class Network(family.Network):
     """The layers; takes and gives standardised windows."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -118,7 +119,7 @@ class Network(base.Network):
         KL(q || N(0, 1)) = sum(exp(lgvar) + mean**2 - 1 - lgvar) / 2. Out of training the newest point is always hidden
         and the latent is its mean, so that the loss that decides when to stop has no chance in it.
         """
-        x, hidden = batch.x, base.hide_newest(batch.x)
+        x, hidden = batch.x, family.hide_newest(batch.x)
         if self.training:
             hidden = torch.where(torch.rand(len(x), 1, 1) < HIDDEN_SHARE, hidden, x)
         z_mean, z_lgvar = self.encoder(hidden.flatten(1))
@@ -134,7 +135,7 @@ class Network(base.Network):
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Float64]:
         """Return `floor`, the negative log-likelihood that 1 % of the newest points are below, (F,), nats."""
-        mean, lgvar = self.decoder(self.encoder(base.hide_newest(batch.x).flatten(1))[0])
+        mean, lgvar = self.decoder(self.encoder(family.hide_newest(batch.x).flatten(1))[0])
         features = self.config.features
         mean, lgvar = mean[:, -features:].double().numpy(), lgvar[:, -features:].double().numpy()
         nll = 0.5 * np.square(batch.x[:, -1].double().numpy() - mean) * np.exp(-lgvar) + 0.5 * lgvar

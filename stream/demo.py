@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 
 from stream.csvfile import Points
+from stream.discovery import with_servers
 from stream.embedded import embedded_servers
 from stream.errors import TocsinError
 from stream.events import Event
 from stream.replay import CHUNK, replay
 from stream.report import Summary, summarise
-from stream.service import make_worker, with_servers
+from stream.service import make_worker
 from stream.settings import Settings
 from stream.subscribe import subscribe
 from stream.worker import Worker

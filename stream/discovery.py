@@ -1,4 +1,7 @@
-"""So that other terminals find the servers of `tocsin up`: a small file in this user's runtime directory."""
+"""Which servers are meant: those that the settings name, else those of a running `tocsin up`.
+
+That tells other terminals of them by a small file in this user's runtime directory.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from stream.embedded import Servers
+from stream.embedded import Servers, patch_aborted_transactions
 from stream.errors import ConfigError
+from stream.settings import Settings
 
 
 @contextlib.contextmanager
@@ -88,3 +92,36 @@ def _is_ours(directory: Path) -> bool:
         return False
     is_directory = not directory.is_symlink() and directory.is_dir()
     return is_directory and status.st_uid == os.getuid() and not status.st_mode & 0o077
+
+
+def with_servers(settings: Settings, servers: Servers) -> Settings:
+    """Return the settings pointed at embedded servers, and make this process able to read from them."""
+    patch_aborted_transactions()
+    return settings.model_copy(
+        update={
+            "kafka": settings.kafka.without_security(servers.bootstrap_servers),
+            "redis": settings.redis.without_security(servers.redis_url),
+        }
+    )
+
+
+def find_servers(settings: Settings, *, store: bool = True) -> Settings:
+    """Return settings that name a broker (and a store): the user's own, else those of a running `tocsin up`.
+
+    Raises:
+        ConfigError: neither is there; the message names the setting.
+    """
+    missing = [
+        name
+        for name, value, needed in (
+            ("TOCSIN_KAFKA__BOOTSTRAP_SERVERS", settings.kafka.bootstrap_servers, True),
+            ("TOCSIN_REDIS__URL", settings.redis.url.get_secret_value(), store),
+        )
+        if needed and not value
+    ]
+    if not missing:
+        return settings
+    running = discover() if not settings.kafka.bootstrap_servers else None
+    if running is None:
+        raise ConfigError(f"{' and '.join(missing)}: not set, and no `tocsin up` is running")
+    return with_servers(settings, running)

@@ -11,7 +11,7 @@ from datetime import datetime
 from fnmatch import translate
 from typing import Final, TypeVar
 
-from models.repository import parse_ref
+from models.refs import parse_ref
 from stream.columns import NAME_BYTES_MAX
 from stream.duration import PERIODS_MS, UNITS_MS, parse_budget, parse_duration, say_budget, say_duration
 from stream.errors import CheckpointError

@@ -15,8 +15,6 @@ import torch
 from models import repository
 from models.checkpoint import Checkpoint
 from stream.detector import Detector
-from stream.discovery import discover
-from stream.embedded import Servers, patch_aborted_transactions
 from stream.errors import BrokerError, CheckpointError, ConfigError, TocsinError
 from stream.registry import Chosen, Registry, features_of
 from stream.reload import RulesFile
@@ -31,42 +29,6 @@ log = logging.getLogger(__name__)
 _TURN_S = 0.0005
 
 
-def set_up_logging(level: str) -> None:
-    """Log to stderr, one line a message."""
-    logging.basicConfig(
-        stream=sys.stderr, level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
-    )
-    # aiokafka says each attempt of a retry; what comes of it we say ourselves. asyncio's are those of its tasks' ends.
-    quiet = {"INFO": "ERROR", "WARNING": "ERROR"}.get(level, level)
-    logging.getLogger("aiokafka").setLevel(quiet)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(Seldom("aiokafka"))
-
-
-class Seldom(logging.Filter):
-    """Lets a message of a library through once in a while: of a broker that is away it has thousands a second.
-
-    Args:
-        library: whose loggers.
-        every_s: how often the same message may come, whatever it is filled with.
-    """
-
-    def __init__(self, library: str, every_s: float = 10.0) -> None:
-        super().__init__(library)
-        self._every_s = every_s
-        self._last: dict[str, float] = {}  # when a message was let through, by its text
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether a record is let through."""
-        if not super().filter(record) or record.levelno < logging.INFO:  # another's, or asked for
-            return True
-        text = str(record.msg)
-        if record.created - self._last.get(text, -self._every_s) < self._every_s:
-            return False
-        self._last[text] = record.created
-        return True
-
-
 def use_one_thread() -> None:
     """Keep torch on one core: two intra-op threads on a busy machine stall a forward pass for tens of milliseconds."""
     torch.set_num_threads(1)
@@ -77,44 +39,6 @@ def take_short_turns() -> None:
     sys.setswitchinterval(_TURN_S)
 
 
-def with_servers(settings: Settings, servers: Servers) -> Settings:
-    """Return the settings pointed at embedded servers, and make this process able to read from them."""
-    patch_aborted_transactions()
-    return settings.model_copy(
-        update={
-            "kafka": settings.kafka.without_security(servers.bootstrap_servers),
-            "redis": settings.redis.without_security(servers.redis_url),
-        }
-    )
-
-
-def find_servers(settings: Settings, *, store: bool = True) -> Settings:
-    """Return settings that name a broker (and a store): the user's own, else those of a running `tocsin up`.
-
-    Raises:
-        ConfigError: neither is there; the message names the setting.
-    """
-    missing = [
-        name
-        for name, value, needed in (
-            ("TOCSIN_KAFKA__BOOTSTRAP_SERVERS", settings.kafka.bootstrap_servers, True),
-            ("TOCSIN_REDIS__URL", settings.redis.url.get_secret_value(), store),
-        )
-        if needed and not value
-    ]
-    if not missing:
-        return settings
-    running = discover() if not settings.kafka.bootstrap_servers else None
-    if running is None:
-        raise ConfigError(f"{' and '.join(missing)}: not set, and no `tocsin up` is running")
-    return with_servers(settings, running)
-
-
-def roots(settings: Settings) -> list[Path]:
-    """Return where checkpoints are looked for: the user's repository, then the bundled one."""
-    return [settings.checkpoints, repository.bundled_root()]
-
-
 def load_checkpoint(settings: Settings, ref: str | None = None) -> Checkpoint:
     """Load the checkpoint that the settings (or `ref`) name.
 
@@ -122,7 +46,7 @@ def load_checkpoint(settings: Settings, ref: str | None = None) -> Checkpoint:
         ConfigError: there is none of that name or version.
         CheckpointError: it is there and cannot be used.
     """
-    where, ref = roots(settings), ref or settings.checkpoint
+    where, ref = settings.roots(), ref or settings.checkpoint
     try:
         return repository.load(where, ref)
     except CheckpointError as e:
@@ -156,7 +80,7 @@ def rules_file(settings: Settings) -> RulesFile | None:
 
 def registry(settings: Settings) -> Registry:
     """Return what reads the checkpoints that rules ask for."""
-    return Registry(roots(settings), settings.checkpoint, settings.pot.config(), source=settings.rules)
+    return Registry(settings.roots(), settings.checkpoint, settings.pot.config(), source=settings.rules)
 
 
 def detector_factory(

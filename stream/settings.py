@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from models.pot import PotConfig
+from models.repository import bundled_root
 from stream.errors import ConfigError
 from stream.policy import HOUR_MS, Policy
 from stream.results import DetectorConfig
@@ -217,6 +218,10 @@ class Settings(BaseSettings):
             series_max=self.series_max,
             idle_ms=round(self.series_idle_h * HOUR_MS),
         )
+
+    def roots(self) -> list[Path]:
+        """Return where checkpoints are looked for: the user's repository, then the bundled one."""
+        return [self.checkpoints, bundled_root()]
 
     def policy(self) -> Policy:
         """Return what a rule asks for where it says nothing else."""

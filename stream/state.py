@@ -21,7 +21,6 @@ from stream.detector import Detector
 from stream.errors import CheckpointError, ConfigError, StateError, TocsinError
 from stream.inspection import SeriesState, inspected
 from stream.pointslog import Log, LogPart
-from stream.service import roots
 from stream.settings import KafkaSettings, Settings
 from stream.statefile import Origin, Section
 from stream.store import OFFSET_FIELD, Saved, Store
@@ -142,7 +141,7 @@ def _count(found: FoundPartition, key: bytes, blob: bytes, layout: np.dtype[Any]
 def model_names(settings: Settings) -> dict[int, str]:
     """Return the references of all models at hand, by the number that blobs keep of them."""
     names: dict[int, str] = {}
-    where = roots(settings)
+    where = settings.roots()
     for name in repository.names(where):
         try:
             refs = [f"{name}@{version}" for version in repository.versions(where, name)]

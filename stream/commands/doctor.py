@@ -37,10 +37,11 @@ def doctor(
         raise ConfigError(f"--records {records}: must be at least 1")
     since_ms = since_ms_of(since)
     from stream import render
+    from stream.discovery import find_servers
     from stream.doctor import Sampler, examine
     from stream.findings import find
+    from stream.logs import set_up_logging
     from stream.proposal import propose
-    from stream.service import find_servers, set_up_logging
     from stream.tail import read_tail
 
     settings = find_servers(settings_with(), store=False)

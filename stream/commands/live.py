@@ -79,7 +79,7 @@ def demo(
     """
     from stream import backtest, render, sample
     from stream.demo import demo as run_demo
-    from stream.service import set_up_logging
+    from stream.logs import set_up_logging
 
     settings = settings_with(checkpoint, rules)
     set_up_logging("CRITICAL" if settings.log_level == "INFO" else settings.log_level)
@@ -114,10 +114,10 @@ def up(
     terminals find them by themselves.
     """
     _end_on_sigterm()
-    from stream.discovery import announce
+    from stream.discovery import announce, with_servers
     from stream.embedded import embedded_servers
+    from stream.logs import set_up_logging
     from stream.service import serve as run_service
-    from stream.service import set_up_logging, with_servers
 
     settings = settings_with(rules=rules)
     set_up_logging(settings.log_level)
@@ -141,7 +141,8 @@ def serve(rules: RulesRef = None) -> None:
     in, writes the state, and ends with exit code 0.
     """
     _end_on_sigterm()
-    from stream.service import find_servers, set_up_logging
+    from stream.discovery import find_servers
+    from stream.logs import set_up_logging
     from stream.service import serve as run_service
 
     settings = settings_with(rules=rules)
@@ -187,9 +188,10 @@ def replay(
     if no_send and shift_to_now:
         raise ConfigError("--no-send and --shift-to-now: what was sent is not moved any more")
     from stream import render
+    from stream.discovery import find_servers
+    from stream.logs import set_up_logging
     from stream.replay import Position
     from stream.replay import replay as run_replay
-    from stream.service import find_servers, set_up_logging
 
     points = points_of(files, entity=entity)
     settings = find_servers(settings_with(rules=rules), store=False)
@@ -308,7 +310,8 @@ def subscribe(
     All filters have to pass; of one that is repeated, one value has to match.
     """
     from stream import render
-    from stream.service import find_servers, set_up_logging
+    from stream.discovery import find_servers
+    from stream.logs import set_up_logging
     from stream.subscribe import subscribe as follow
 
     settings = find_servers(settings_with(), store=False)
@@ -354,7 +357,9 @@ def check(
         for variable, description, default in known_names():
             typer.echo(f"{variable}={default}\n    {description}")
         return
-    from stream.service import check_rules, check_servers, explain, find_servers, set_up_logging
+    from stream.discovery import find_servers
+    from stream.logs import set_up_logging
+    from stream.service import check_rules, check_servers, explain
 
     set_up_logging("ERROR")
     if names:

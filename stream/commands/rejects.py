@@ -41,7 +41,8 @@ def list_rejects(
             raise ConfigError(f"{option} {value}: must be at least {least}")
     reasons, since_ms = _checked(reason), since_ms_of(since)
     from stream import rejects
-    from stream.service import find_servers, set_up_logging
+    from stream.discovery import find_servers
+    from stream.logs import set_up_logging
 
     kafka = find_servers(settings_with(), store=False).kafka
     set_up_logging("ERROR")
@@ -73,7 +74,8 @@ def retry_rejects(
             raise ConfigError(f"{option} {value}: must be at least 1")
     reasons, since_ms = _checked(reason), since_ms_of(since)
     from stream import rejects
-    from stream.service import find_servers, set_up_logging
+    from stream.discovery import find_servers
+    from stream.logs import set_up_logging
 
     kafka = find_servers(settings_with(), store=False).kafka
     set_up_logging("ERROR")

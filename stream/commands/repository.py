@@ -39,13 +39,14 @@ def import_model(
     from models import repository
     from models.deepant import DeepAnTConfig
     from models.importing import import_state_dict
+    from models.refs import check_name
 
     settings = settings_with()
     if (center is None) != (scale is None):
         raise ConfigError("--center and --scale: give both or neither")
     config = DeepAnTConfig(window=window, scaling="window" if center is None else "train")
     try:
-        repository.check_name(name)
+        check_name(name)
         bundle = import_state_dict(
             file, config, None if center is None else [center], None if scale is None else [scale]
         )
@@ -58,9 +59,8 @@ def import_model(
 def list_models(as_json: Json = False) -> None:
     """List the checkpoints, their versions and labels."""
     from models import repository
-    from stream.service import roots
 
-    where = roots(settings_with())
+    where = settings_with().roots()
     for name in repository.names(where):
         versions = repository.versions(where, name)
         labels = {label: found[0] for label, found in repository.labels(where, name).items() if found}
@@ -92,9 +92,8 @@ def verify_models(
 ) -> None:
     """Read checkpoints whole, hold every digest, shape and number; exit code 1 if one cannot be used."""
     from models import repository
-    from stream.service import roots
 
-    where = roots(settings_with())
+    where = settings_with().roots()
     if refs:
         paths = [repository.resolve(where, ref) for ref in refs]
     else:
@@ -115,10 +114,12 @@ def verify_models(
 def promote_model(ref: Ref, label: Label = "stable") -> None:
     """Give a version a label; a running service takes it up. What cannot be used is not promoted."""
     from models import repository
+    from models.refs import parse_ref
 
     root = settings_with().checkpoints
     before = repository.promote(root, ref, label)
-    name, version = repository.parse_ref(ref)[0], repository.labels(root, repository.parse_ref(ref)[0])[label][0]
+    name, _ = parse_ref(ref)
+    version = repository.labels(root, name)[label][0]
     typer.echo(f"{name}@{label} is {name}@{version}" + (f", was {name}@{before}" if before else ""))
 
 
@@ -175,8 +176,8 @@ def _as_published() -> ModelDifference:
     import asyncio
 
     from stream import compare, verify
+    from stream.discovery import find_servers
     from stream.events import EventData
-    from stream.service import find_servers
 
     kafka = find_servers(settings_with(), store=False).kafka
     said, beside = (

@@ -181,8 +181,9 @@ def _forced(force: bool) -> Callable[[str], None] | None:
 
 def _with_servers(work: Callable[[Settings, Store, Log], Awaitable[_T]]) -> tuple[Settings, _T]:
     """Do something with the store and what the broker knows of the points topic."""
+    from stream.discovery import find_servers
+    from stream.logs import set_up_logging
     from stream.pointslog import read_log
-    from stream.service import find_servers, set_up_logging
     from stream.store import Store
 
     settings = find_servers(settings_with())

@@ -22,8 +22,8 @@ from stream.errors import ConfigError
 
 if TYPE_CHECKING:
     from models.base import Config
-    from models.base import Family as ModelFamily
     from models.checkpoint import Bundle
+    from models.family import Family as ModelFamily
     from models.resume import Store
     from models.windows import TrainSeries
     from stream.csvfile import Points
@@ -112,6 +112,7 @@ def train(
     """
     from models import repository
     from models.errors import CheckpointError
+    from models.refs import check_name
     from models.resume import Store
     from stream.service import use_one_thread
 
@@ -123,7 +124,7 @@ def train(
     if not from_topic and (since or match):
         raise ConfigError("--since and --match choose from a topic: give --from-topic with them")
     try:
-        repository.check_name(name)
+        check_name(name)
     except CheckpointError as e:
         raise ConfigError(f"--name: {e}") from None
     choice = Choice(model, window, scaling, seed, per_kpi, shape or (), epochs, batch, learning_rate, trim)
@@ -274,7 +275,8 @@ def _from_topic(
     settings: Settings, topic: str, since_ms: int | None, match: Sequence[str], interval_ms: int, *, entity: bool
 ) -> list[TrainSeries]:
     from stream import backtest, render, sources
-    from stream.service import find_servers, set_up_logging
+    from stream.discovery import find_servers
+    from stream.logs import set_up_logging
 
     settings = find_servers(settings, store=False)
     set_up_logging("ERROR")

@@ -194,7 +194,11 @@ async def test_readers_and_rivals_never_see_half_a_state(store: Store, redis_url
     async def look() -> None:
         last = -1
         while not done.is_set():
-            state = await store.load(*AT)
+            try:
+                state = await store.load(*AT)
+            except StoreError as e:  # on a slow machine each of its attempts is overtaken
+                assert "changes while it is read" in str(e)
+                continue
             if state is not None:
                 assert {int(blob.split()[0]) for blob in state.blobs.values()} == {state.offset}
                 assert state.offset >= last

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -15,7 +16,10 @@ from typing import Any, Self
 
 import psutil
 
-DEADLINE_S = 60.0
+from stream import cli
+from tests import forked
+
+DEADLINE_S = 180.0  # a machine may be slow
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -38,15 +42,17 @@ def tocsin(
     directory: Path, *arguments: str | Path, more: Mapping[str, str] | None = None, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end in a directory of the test's own; it must end with `code`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "stream", *map(str, arguments)],
-        cwd=directory,
-        env=home(directory) | dict(more or {}),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
+    given = list(map(str, arguments))
+    with tempfile.TemporaryDirectory() as said:
+        out, err = Path(said, "stdout"), Path(said, "stderr")
+        environment = home(directory) | dict(more or {})
+        process = forked.start(cli.main, given, directory=directory, environment=environment, out=out, err=err)
+        process.join(DEADLINE_S)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise AssertionError(f"{given} did not end within {DEADLINE_S:g} s; it said {err.read_text()!r}")
+        done = subprocess.CompletedProcess(given, process.exitcode, out.read_text(), err.read_text())
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == code, done.stderr
     return done

@@ -46,10 +46,15 @@ def short_lived(self: TransactionalOutbox) -> AIOKafkaProducer:
     return producer
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Be the service; what the arguments say happens to it."""
     step, number, *signals = sys.argv[1:]
     hit_at(step, int(number), signal.Signals[signals[0]] if signals else signal.SIGKILL)
     if signals:
         shorten_patience()
     sys.argv[1:] = ["serve"]
     main()
+
+
+if __name__ == "__main__":
+    run()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -16,6 +16,8 @@ from stream.events import decode
 from stream.replay import replay
 from stream.settings import Settings
 from stream.subscribe import subscribe
+from tests import forked
+from tests.faults import dying
 from tests.live import (
     DEADLINE_S,
     backtested,
@@ -38,33 +40,28 @@ MORE = {
 }
 
 
-async def crash(settings: Settings, environment: dict[str, str], step: str, number: int) -> None:
+async def crash(settings: Settings, environment: dict[str, str], directory: Path, step: str, number: int) -> None:
     """Run the service until it dies at a step."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.faults.dying", step, str(number)),
-        env=os.environ | environment,
-        stderr=asyncio.subprocess.PIPE,
+    log = directory / "log"
+    process = forked.start(
+        dying.run, [step, str(number)], directory=directory, environment=os.environ | environment, out=log, err=log
     )
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            _, log = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-    assert process.returncode == -signal.SIGKILL, log.decode()
+    await asyncio.to_thread(process.join, DEADLINE_S)
+    process.kill()
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
     assert await until_committed(settings.kafka, 0) < len(POINTS.value), "it died too late to prove anything"
 
 
 @pytest.mark.parametrize("number", [1, 4])
 @pytest.mark.parametrize("step", get_args(steps.Step))
 async def test_a_crash_at_a_step_changes_no_byte(
-    broker: str, redis_url: str, unique: str, step: str, number: int
+    broker: str, redis_url: str, unique: str, tmp_path: Path, step: str, number: int
 ) -> None:
     environment = environment_for(broker, redis_url, unique, **MORE)
     settings = settings_for(broker, redis_url, unique, **MORE)
     await make_topics(settings.kafka)
     await replay(POINTS, settings.kafka)
-    await crash(settings, dict(environment), step, number)
+    await crash(settings, dict(environment), tmp_path, step, number)
     async with working(settings):
         await until_committed(settings.kafka, len(POINTS.value))
     events = await published(settings.kafka)
@@ -74,7 +71,7 @@ async def test_a_crash_at_a_step_changes_no_byte(
 
 
 async def test_at_least_once_repeats_what_bears_the_same_id_and_a_subscriber_drops_it(
-    broker: str, redis_url: str, unique: str
+    broker: str, redis_url: str, unique: str, tmp_path: Path
 ) -> None:
     more = MORE | {"TOCSIN_KAFKA__DELIVERY": "at_least_once"}
     environment, settings = (
@@ -84,7 +81,7 @@ async def test_at_least_once_repeats_what_bears_the_same_id_and_a_subscriber_dro
     await make_topics(settings.kafka)
     await replay(POINTS, settings.kafka)
     for _ in range(3):
-        await crash(settings, dict(environment), "produced", 4)  # outputs are there, the offset is not
+        await crash(settings, dict(environment), tmp_path, "produced", 4)  # outputs are there, the offset is not
     async with working(settings):
         await until_committed(settings.kafka, len(POINTS.value))
     expected = backtested(POINTS, settings)

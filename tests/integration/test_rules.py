@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +15,7 @@ from stream.csvfile import Points
 from stream.events import TYPE_OPENED, Event, EventData, iso_time
 from stream.replay import replay
 from stream.worker import Worker
+from tests.e2e.program import tocsin
 from tests.live import (
     backtested,
     digest,
@@ -260,17 +258,8 @@ def test_a_checkpoint_that_is_not_there_is_told_with_its_line(tmp_path: Path, co
     rules = tmp_path / "rules.yaml"
     rules.write_text("rules:\n  - match: '*'\n    model: nope\n")
     (tmp_path / "a.csv").write_text("timestamp,value\n" + "".join(f"{60 * k},{k % 7}\n" for k in range(100)))
-    environment = {**environment_for("127.0.0.1:1", "redis://127.0.0.1:1/0", "x"), "XDG_RUNTIME_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "stream", *command, "--rules", str(rules)],
-        cwd=tmp_path,
-        env={**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
+    more = environment_for("127.0.0.1:1", "redis://127.0.0.1:1/0", "x")
+    done = tocsin(tmp_path, *command, "--rules", rules, more=more, code=2)
     assert f"{rules}:2: rule '*': model: no checkpoint 'nope'" in done.stderr
 
 
@@ -289,17 +278,10 @@ def test_wrong_rules_at_start_are_told_with_their_line(tmp_path: Path, text: str
     rules = tmp_path / "rules.yaml"
     if text is not None:
         rules.write_text(text)
-    environment = environment_for("127.0.0.1:1", "redis://127.0.0.1:1/0", "x")
-    environment = {**environment, "TOCSIN_KAFKA__POINTS_TOPIC": "kpi.points", "XDG_RUNTIME_DIR": str(tmp_path)}
+    more = environment_for("127.0.0.1:1", "redis://127.0.0.1:1/0", "x", TOCSIN_KAFKA__POINTS_TOPIC="kpi.points")
     for command in (["serve"], ["check"], ["check", "a"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "stream", *command, "--rules", str(rules)],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+        done = tocsin(tmp_path, *command, "--rules", rules, more=more, code=2)
+        assert done.stdout == ""
         assert f"tocsin: {rules}{said}" in done.stderr or f"tocsin: {rules}: {said}" in done.stderr
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from models.autoencoder import FAMILY, AutoEncoder, AutoEncoderConfig, Network, forward, pack
-from models.base import Assessment, Batch, Constants, Context, Float64, hide_newest, norm
+from models.base import Assessment, Constants, Context, Float64, norm
 from models.errors import ConfigError
+from models.family import Batch, hide_newest
 from models.train import TrainConfig, train
 from models.windows import TrainSeries
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from models import bagel
 from models.bagel import FAMILY, Bagel, BagelConfig, Network, Noise
-from models.base import Assessment, Batch, Context, Float64, Weights
+from models.base import Assessment, Context, Float64
 from models.errors import ConfigError
+from models.family import Batch, Weights
 from models.scaling import clock
 from tests.bench import bagel_table
 from tests.helpers import MINUTE, T0

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.base import Assessment, Batch, Context, Float64, norm
+from models.base import Assessment, Context, Float64, norm
 from models.checkpoint import Bundle
 from models.errors import ConfigError
 from models.families import NAMES, family
+from models.family import Batch
 from models.repository import load, save
 from models.serving import ServedModel
 from stream import snapshot

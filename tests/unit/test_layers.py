@@ -1,6 +1,8 @@
 """Who may import whom: the numbers know nothing of the service, the core knows nothing of the world."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,3 +119,12 @@ def test_the_arrows_of_the_core_form_no_circle() -> None:
         assert free, f"a circle among {sorted(arrows)}"
         for name in free:
             del arrows[name]
+
+
+def test_only_what_asks_a_network_takes_the_seconds_of_torch() -> None:
+    """Commands that follow events, send points, or look at rules and rejects start without it; so can the core."""
+    light = [
+        f"stream.{name}" for name in (*CORE, "settings", "subscribe", "replay", "rejects", "rules", "rights", "doctor")
+    ]
+    loaded = f"import sys, {', '.join(light)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT).returncode == 0

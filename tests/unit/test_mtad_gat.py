@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.base import Assessment, Batch, Context, Float64, contributions, score
+from models.base import Assessment, Context, Float64, contributions, score
 from models.batching import SIZES
 from models.errors import ConfigError
+from models.family import Batch
 from models.mtad_gat import (
     FAMILY,
     LEAST_UNIT,

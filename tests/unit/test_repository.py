@@ -6,13 +6,13 @@ import pytest
 from models import repository
 from models.checkpoint import CONFIG, WEIGHTS
 from models.errors import CheckpointError
+from models.refs import parse_ref
 from models.repository import (
     LABELS,
     bundled_root,
     labels,
     load,
     names,
-    parse_ref,
     promote,
     resolve,
     rollback,

@@ -16,11 +16,11 @@ from aiokafka.abc import AbstractTokenProvider
 from aiokafka.protocol.admin import SaslAuthenticateRequest
 from pydantic import SecretStr
 
+from stream.discovery import with_servers
 from stream.embedded import LOOPBACK, Servers
 from stream.errors import ConfigError
 from stream.kafka import TokenFile, client_options
 from stream.security import KAFKA, Certificates, read_secret, redis_options, tls_context
-from stream.service import with_servers
 from stream.settings import KafkaSettings, RedisSettings, load_settings
 from tests.certificates import Authority
 

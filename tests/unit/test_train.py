@@ -8,10 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.base import Batch, Float64, Model, score
+from models.base import Float64, Model, score
 from models.checkpoint import Bundle
 from models.deepant import FAMILY, DeepAnTConfig, Network
 from models.errors import ConfigError
+from models.family import Batch
 from models.train import EpochReport, TrainConfig, TrainSeries, train
 from models.windows import complete
 from tests.contexts import context

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import base
-from models.base import Assessment, Batch, Context, Family, Float64, residual
+from models import family
+from models.base import Assessment, Context, Float64, residual
 from models.checkpoint import Bundle
 from models.corpus import gather
 from models.deepant import FAMILY as DEEPANT
 from models.deepant import DeepAnTConfig
 from models.errors import CheckpointError, ConfigError
+from models.family import Batch, Family
 from models.fit import Fit, robust_mean
 from models.resume import Store
 from models.scaling import INPUT_LIMIT, standardise
@@ -53,7 +54,7 @@ class LineConfig:
         return {"line.weight": (1, self.window), "line.bias": (1,)}
 
 
-class LineNetwork(base.Network):
+class LineNetwork(family.Network):
     def __init__(self, config: LineConfig) -> None:
         super().__init__()
         self.config = config
