@@ -35,7 +35,7 @@ check: install
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 bench: install
 	@$(BIN)/python -m tests.bench
