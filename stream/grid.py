@@ -12,6 +12,7 @@ import numpy as np
 
 from stream.columns import BoolArray, Float64Array, Int32Array, Int64Array
 
+NO_CELL = -(2**62)  # no point has one so early
 PROBE_POINTS = 8  # distinct timestamps that a series must show before its interval is inferred; below every window
 
 _SECOND, _MINUTE, _HOUR = 1_000, 60_000, 3_600_000

@@ -23,7 +23,7 @@ from stream.events import (
 )
 from stream.judge import Judge, Verdict
 from stream.judged import Judged, ratio_of
-from stream.past import COPIES, NONE, Past
+from stream.past import COPIES, Past
 from stream.placing import Cells, Placing
 from stream.policy import PolicyTable, Rule
 from stream.records import Reject
@@ -211,7 +211,7 @@ class Group:
         self._set_risk(slot)
         self.judge.set_drift(slot, self.rule[slot])
         if self.waits:
-            closed = np.where(self.windows.filled[slot] > 0, self.windows.newest[slot], NONE)
+            closed = np.where(self.windows.filled[slot] > 0, self.windows.newest[slot], grid.NO_CELL)
             self.waiting.closed[slot], self.waiting.newest[slot] = closed, closed
         self.past.forget_copies(slot)
 
@@ -565,7 +565,7 @@ class Group:
         past.note(slot, wave.cell, wave.value, wave.timestamp_ms)
         far = slot[wave.cell < past.copied[slot, 0]]
         self._copy_rows(far + 2, far + 1)
-        past.copied[far, 0], past.copied[far, 1] = past.copied[far, 1], NONE
+        past.copied[far, 0], past.copied[far, 1] = past.copied[far, 1], grid.NO_CELL
         self._copy_rows(slot + 1, slot)
         start = past.copied[slot, 0].copy()
 

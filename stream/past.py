@@ -13,9 +13,9 @@ import numpy as np
 from models.arrays import grown
 from stream.columns import BoolArray, Float64Array, Int32Array, Int64Array
 from stream.events import Event
+from stream.grid import NO_CELL
 from stream.revision import Said, Statement, forget, say
 
-NONE = -(2**62)  # no cell
 COPIES = 2  # rows that a series needs besides its own
 
 
@@ -24,7 +24,7 @@ class Past:
 
     Attributes:
         corrects: whether a series corrects its events, (S,) bool.
-        copied: the cells that the copies were taken before, the later one first, (S, 2) int64; NONE for no copy.
+        copied: the cells that the copies were taken before, the later one first, (S, 2) int64; NO_CELL for no copy.
         raw: what came for each cell of the window, a ring, (S, W, F) float64.
         stamp: its event time, (S, W) int64.
         statements: by series, what was said of cells that can still be revised.
@@ -44,7 +44,7 @@ class Past:
         """Give room to so many series; of what only those that correct need, if there are `some`."""
         self.corrects = grown(self.corrects, rows)
         if some:
-            self.copied = grown(self.copied, rows, NONE)
+            self.copied = grown(self.copied, rows, NO_CELL)
             self.raw, self.stamp = grown(self.raw, rows, np.nan), grown(self.stamp, rows)
 
     def reset(self, slot: Int64Array) -> None:
@@ -60,14 +60,14 @@ class Past:
     def forget_copies(self, slot: Int32Array | Int64Array) -> None:
         """Let series, (K,), not go back to before now; where none corrects its events there are no copies."""
         if len(self.copied):
-            self.copied[slot] = NONE
+            self.copied[slot] = NO_CELL
 
     def forget_grid(self, slot: int, ongoing: str) -> None:
         """What was said of another grid stands; `ongoing` is the incident that goes on."""
         if slot in self.statements:
             for statement in self.statements[slot]:
-                statement.cell = NONE
-            self.statements[slot] = forget(self.statements[slot], NONE + 1, ongoing)
+                statement.cell = NO_CELL
+            self.statements[slot] = forget(self.statements[slot], NO_CELL + 1, ongoing)
         self.fills.pop(slot, None)
 
     def note(self, slot: Int32Array, cell: Int64Array, value: Float64Array, stamp: Int64Array) -> None:
@@ -82,13 +82,13 @@ class Past:
     def reaches(self, slot: Int32Array, cell: Int64Array) -> BoolArray:
         """Say of each series whether a copy of it is from before a cell, (K,)."""
         copied = self.copied[slot]
-        back: BoolArray = cell >= np.where(copied == NONE, -NONE, copied).min(axis=1)
+        back: BoolArray = cell >= np.where(copied == NO_CELL, -NO_CELL, copied).min(axis=1)
         return back
 
     def due(self, slot: Int32Array, cell: Int64Array, apart: Int64Array) -> BoolArray:
         """Say of each series whether a copy has to be taken before a cell, as many apart as given, (K,)."""
         latest = self.copied[slot, 0]
-        due: BoolArray = (latest == NONE) | ((cell % apart == 0) & (cell != latest))
+        due: BoolArray = (latest == NO_CELL) | ((cell % apart == 0) & (cell != latest))
         return due
 
     def copy_taken(self, slot: Int32Array, cell: Int64Array, ongoing: Sequence[str]) -> None:
@@ -96,7 +96,7 @@ class Past:
         self.copied[slot, 1] = self.copied[slot, 0]
         self.copied[slot, 0] = cell
         for one, oldest, incident in zip(slot.tolist(), self.copied[slot, 1].tolist(), ongoing, strict=True):
-            if oldest != NONE:
+            if oldest != NO_CELL:
                 if one in self.statements:
                     self.statements[one] = forget(self.statements[one], oldest, incident)
                 if one in self.fills:

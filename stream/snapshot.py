@@ -23,15 +23,14 @@ from stream.blobs import SHADOW, Header, model_id, opened
 from stream.columns import AnyArray, BoolArray, Columns, Float32Array, Int32Array, Int64Array, name_problem
 from stream.detector import Detector
 from stream.errors import StateError
+from stream.grid import NO_CELL
 from stream.group import Group
 from stream.incidents import Incidents
 from stream.judge import NEVER
-from stream.past import NONE as NO_COPY
 from stream.places import Places
 from stream.placing import NO_PHASE, Placing
 from stream.revision import Statement
 from stream.sound import sound, sound_cells, sound_points, sound_withheld
-from stream.waiting import NONE as NOT_CLOSED
 from stream.withheld import from_bytes, to_bytes, unpacked
 
 _WINDOW_FIELDS = ("newest", "filled", "origin", "seen", "learned_bits", "step_mean", "steps")
@@ -168,7 +167,7 @@ def _tails(group: Group, at: Int32Array) -> dict[int, bytes]:
     for slot, *point in zip(*(a.tolist() for a in _triple(points)), strict=True):
         held[slot].append((point[0], point[1], point[2]))
     wait = at[group.placing.waiting[at]]
-    waiting = wait[(group.waiting.cell[wait] != NOT_CLOSED).any(axis=1)]
+    waiting = wait[(group.waiting.cell[wait] != NO_CELL).any(axis=1)]
     corrects = at[group.past.corrects[at]]
     withheld = _withheld(group, np.concatenate([at, corrects + 1, corrects + 2]))
     tails = {}
@@ -466,7 +465,7 @@ def _put_tail(group: Group, slot: int, tail: _Tail, *, revisable: bool) -> None:
     which, rings, _ = _rings(copies, past.withheld, group.window)
     group.windows.withheld.restore(at[which], rings)
     group.past.copied[slot] = past.copied
-    at = at[group.past.copied[slot] != NO_COPY]
+    at = at[group.past.copied[slot] != NO_CELL]
     # What the rule asks for now, as of the series itself.
     group.judge.threshold.set_risk(at, group.judge.threshold.risk(np.array([slot], np.int32)))
     group.judge.threshold.set_drift(at, int(group.table.drift[group.rule[slot]]))

@@ -11,22 +11,24 @@ import numpy as np
 
 from models.arrays import grown
 from stream.columns import BoolArray, Columns, Float64Array, Int32Array, Int64Array
+from stream.grid import NO_CELL
 from stream.placing import Cells
-
-NONE = -(2**62)  # no cell
 
 
 class Waiting:
     """The open cells of S series of F features, rings of `room` cells.
 
     Attributes:
-        closed: the newest cell that was closed, (S,) int64; NONE before the first.
+        closed: the newest cell that was closed, (S,) int64; NO_CELL before the first.
         newest: the newest cell that something has come for, (S,) int64.
-        cell: the cell that each place of the ring holds, (S, R) int64; NONE for an empty one.
+        cell: the cell that each place of the ring holds, (S, R) int64; NO_CELL for an empty one.
         time_ms: latest event time of what came for it, (S, R) int64.
         value: (S, R, F) float64, NaN where nothing came.
         repeats: values that took the place of another one in an open cell, so far.
     """
+
+    # With the value of a fresh row.
+    _ARRAYS = (("closed", NO_CELL), ("newest", NO_CELL), ("cell", NO_CELL), ("time_ms", 0), ("value", np.nan))
 
     def __init__(self, window: int, features: int) -> None:
         self.room = window // 2 + 1  # a lateness is less than half a window
@@ -40,12 +42,12 @@ class Waiting:
 
     def resize(self, capacity: int) -> None:
         """Give room to `capacity` series; those that are there keep their rows."""
-        for name, fresh in (("closed", NONE), ("newest", NONE), ("cell", NONE), ("time_ms", 0), ("value", np.nan)):
+        for name, fresh in self._ARRAYS:
             setattr(self, name, grown(getattr(self, name), capacity, fresh))
 
     def reset(self, slot: Int64Array) -> None:
         """Make the cells of these rows empty."""
-        for name, fresh in (("closed", NONE), ("newest", NONE), ("cell", NONE), ("time_ms", 0), ("value", np.nan)):
+        for name, fresh in self._ARRAYS:
             getattr(self, name)[slot] = fresh
 
     def accept(self, points: Columns, cell: Int64Array, lateness: Int64Array) -> Cells:
@@ -125,28 +127,28 @@ class Waiting:
     def _oldest(self, slot: Int32Array) -> Int64Array:
         """Return the oldest open cell of each series, a very late one if it has none."""
         cell = self.cell[slot]
-        oldest: Int64Array = np.where(cell == NONE, -NONE, cell).min(axis=1)
+        oldest: Int64Array = np.where(cell == NO_CELL, -NO_CELL, cell).min(axis=1)
         return oldest
 
     def _complete(self, slot: Int32Array) -> BoolArray:
         """Say of each series whether the cell after the closed ones has all its features."""
         next_cell = self.closed[slot] + 1
         place = next_cell % self.room
-        here = (self.cell[slot, place] == next_cell) & (self.closed[slot] != NONE)
+        here = (self.cell[slot, place] == next_cell) & (self.closed[slot] != NO_CELL)
         complete: BoolArray = here & ~np.isnan(self.value[slot, place]).any(axis=1)
         return complete
 
     def _close(self, slot: Int32Array, cell: Int64Array, row: Int64Array, ready: list[Cells]) -> None:
         place = cell % self.room
         ready.append(Cells(slot, cell, self.time_ms[slot, place], self.value[slot, place], row))
-        self.cell[slot, place] = NONE
+        self.cell[slot, place] = NO_CELL
         self.closed[slot] = cell
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def open_points(self, slot: int) -> Columns:
         """Return what is kept for the open cells of a series as points, oldest first."""
-        places = np.flatnonzero(self.cell[slot] != NONE)
+        places = np.flatnonzero(self.cell[slot] != NO_CELL)
         places = places[np.argsort(self.cell[slot, places])]
         at, feature = np.nonzero(~np.isnan(self.value[slot, places]))
         time, value = self.time_ms[slot, places][at], self.value[slot, places][at, feature]
@@ -155,8 +157,8 @@ class Waiting:
     def restore(self, slot: int, closed: int, points: Columns, cell: Int64Array) -> None:
         """Set a series to what `open_points` gave, (N,) cells of the points with it."""
         self.closed[slot] = closed
-        self.newest[slot] = max(closed, int(cell.max(initial=NONE)))
-        self.cell[slot] = NONE
+        self.newest[slot] = max(closed, int(cell.max(initial=NO_CELL)))
+        self.cell[slot] = NO_CELL
         self.value[slot] = np.nan
         self.cell[slot, cell % self.room] = cell
         self.time_ms[slot, cell % self.room] = points.timestamp_ms

@@ -15,11 +15,11 @@ from stream import events, snapshot
 from stream.blobs import model_id
 from stream.columns import Columns
 from stream.detector import Detector, Served
+from stream.grid import NO_CELL
 from stream.group import Group
 from stream.incidents import State
 from stream.placing import NO_PHASE
 from stream.policy import Policy, Rule
-from stream.waiting import NONE as NOT_CLOSED
 from stream.windows import STEPS_MAX
 from stream.withheld import to_bytes
 from tests.helpers import (
@@ -151,13 +151,13 @@ def all_kinds() -> Detector:
         group_of(live, name)[1] for name in ("probing", "regridding")
     )
     assert len(three.placing.held) == 9
-    assert (three.waiting.cell[group_of(live, "entity")[1]] != NOT_CLOSED).sum() == 2
-    assert (one.waiting.cell[group_of(live, "waiting")[1]] != NOT_CLOSED).sum() == 1
+    assert (three.waiting.cell[group_of(live, "entity")[1]] != NO_CELL).sum() == 2
+    assert (one.waiting.cell[group_of(live, "waiting")[1]] != NO_CELL).sum() == 1
     assert live.silence.silent[live.index["silent"]]
     row = group_of(live, "correcting")[1]
     assert one.past.statements[row]
     assert one.past.fills[row]
-    assert (one.past.copied[row] != NOT_CLOSED).all()
+    assert (one.past.copied[row] != NO_CELL).all()
     return live
 
 
@@ -655,13 +655,13 @@ def test_a_narrower_window_has_room_for_the_newest_open_cells(window: int) -> No
         ],
         SETUP,
     )
-    assert (live.groups[0].waiting.cell[0] != NOT_CLOSED).sum() == 4
+    assert (live.groups[0].waiting.cell[0] != NO_CELL).sum() == 4
     other = replace(THREE, model=Persistence(window, 3))
     fresh, outcome = restored(packed(live), other_rules(SETUP.rules[0], served=other))
     assert (outcome.series, outcome.refused) == (1, [])
     waiting, was = fresh.groups[0].waiting, live.groups[0].waiting
-    kept = np.sort(waiting.cell[0][waiting.cell[0] != NOT_CLOSED])
-    open_before = np.sort(was.cell[0][was.cell[0] != NOT_CLOSED])
+    kept = np.sort(waiting.cell[0][waiting.cell[0] != NO_CELL])
+    open_before = np.sort(was.cell[0][was.cell[0] != NO_CELL])
     assert kept.tolist() == open_before[-min(4, window // 2 + 1) :].tolist()
     for cell in kept.tolist():
         np.testing.assert_array_equal(waiting.value[0, cell % waiting.room], was.value[0, cell % was.room])
@@ -721,7 +721,7 @@ def test_another_lateness_goes_on_from_here(lateness: int) -> None:
 def test_of_a_shorter_lateness_what_is_overdue_is_closed_by_the_next_point() -> None:
     fresh, _ = of_kpi("waiting", config(lateness_ms=0, wait=True))
     group, row = group_of(fresh, "waiting")
-    assert (group.waiting.cell[row] != NOT_CLOSED).any()
+    assert (group.waiting.cell[row] != NO_CELL).any()
     fresh.accept(columns(fresh, [("waiting", T0 + 83 * MINUTE, 10.0)]))
     fresh.accept(columns(fresh, [("waiting", T0 + 84 * MINUTE, 10.0)]))
     assert actual(group, row)[0, 82 % 9, 0] + group.windows.origin[row, 0] == pytest.approx(8.0)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream.columns import Columns
+from stream.grid import NO_CELL
 from stream.placing import Cells
-from stream.waiting import NONE, Waiting
+from stream.waiting import Waiting
 
 MINUTE = 60_000
 NAN = float("nan")
@@ -56,7 +57,7 @@ def same(one: Sequence[Closed], other: Sequence[Closed]) -> bool:
 
 
 def open_cells(of: Waiting, slot: int = 0) -> list[int]:
-    return sorted(of.cell[slot][of.cell[slot] != NONE].tolist())
+    return sorted(of.cell[slot][of.cell[slot] != NO_CELL].tolist())
 
 
 # -- by hand ----------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def begun(features: int = 2, lateness: int = 2) -> Waiting:
 def test_before_the_first_closing_a_complete_cell_is_not_closed() -> None:
     one = waiting(1)
     assert rows(feed(one, [(0, (7, 0, {0: 1.0})), (0, (5, 0, {0: 2.0})), (0, (8, 0, {0: 3.0}))], 3)) == []
-    assert (open_cells(one), int(one.closed[0]), int(one.newest[0])) == ([5, 7, 8], NONE, 8)
+    assert (open_cells(one), int(one.closed[0]), int(one.newest[0])) == ([5, 7, 8], NO_CELL, 8)
     # 9 makes 5 overdue, and what follows without a gap goes with it once 6 has come.
     assert rows(feed(one, [(0, (9, 0, {0: 4.0}))], 3, first_row=3)) == [(5, 3)]
     assert rows(feed(one, [(0, (6, 0, {0: 5.0}))], 3, first_row=4)) == [(6, 4), (7, 4), (8, 4), (9, 4)]
@@ -163,7 +164,7 @@ def test_new_rows_are_empty() -> None:
     for name, array in before.items():
         np.testing.assert_array_equal(getattr(one, name)[:1], array)
     assert [open_cells(one, slot) for slot in range(5)] == [[3], [], [], [], []]
-    assert one.closed.tolist() == [0, NONE, NONE, NONE, NONE]
+    assert one.closed.tolist() == [0, NO_CELL, NO_CELL, NO_CELL, NO_CELL]
     assert rows(feed(one, [(4, (1, 0, {0: 1.0, 1: 1.0}))], 2)) == []
 
 
@@ -266,14 +267,14 @@ def test_waiting_equals_a_dict(
             assert list(zip(ready.cell[own].tolist(), ready.row[own].tolist(), strict=True)) == causes[slot]
             # The ring holds all that is pending, and nothing else: no two cells ever share a place.
             assert open_cells(one, slot) == sorted(truth.pending)
-            assert one.closed[slot] == (NONE if truth.closed is None else truth.closed)
+            assert one.closed[slot] == (NO_CELL if truth.closed is None else truth.closed)
             if restore:
                 keep = one.open_points(slot)
                 assert (keep.slot == slot).all()
                 again = waiting(features, series, window)
                 again.restore(slot, int(one.closed[slot]), keep, (keep.timestamp_ms + MINUTE // 2) // MINUTE)
                 assert open_cells(again, slot) == open_cells(one, slot)
-                assert again.newest[slot] == (NONE if truth.newest is None else truth.newest)
+                assert again.newest[slot] == (NO_CELL if truth.newest is None else truth.newest)
                 for name in ("closed", "cell", "time_ms", "value"):
                     getattr(one, name)[slot] = getattr(again, name)[slot]
     assert one.repeats == sum(truth.repeats for truth in naive)
