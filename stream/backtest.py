@@ -15,9 +15,9 @@ from models.checkpoint import Bundle, Checkpoint
 from models.windows import TrainSeries
 from stream import grid
 from stream.columns import Columns, Int32Array, Int64Array
-from stream.csvfile import Points
 from stream.detector import Counts, Detector, Result
 from stream.errors import ConfigError, InputError
+from stream.points import Points
 from stream.results import Scores
 from stream.sample import Sample
 

@@ -22,31 +22,34 @@ Rules, decided once per file:
 A line that cannot be read is refused and reported, and the rest goes on; a file that cannot is an `InputError`.
 """
 
-import csv
-import gzip
-import io
-import math
 import re
-import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Final, Self, TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from stream.columns import SeriesIndex, name_problem
+from stream.csvcells import (
+    BAD_LABEL,
+    LABELS,
+    floats,
+    in_range,
+    is_number,
+    looks_iso,
+    number_of,
+    short,
+    times,
+    unit_ms_of,
+)
+from stream.csvlines import DAMAGED, EXPECTED, content, decode, read_bytes, split
 from stream.errors import InputError
-from stream.records import SECONDS_BELOW, TIMESTAMP_MAX_MS, VALUE_MAX
+from stream.points import Points
+from stream.records import VALUE_MAX
 
-BYTES_MAX: Final = 1 << 30  # of a file, unpacked
-LINE_MAX: Final = 1 << 20  # characters of a line: thousands of columns
-_PIECE: Final = 1 << 18
-_EXPANSION_MAX: Final = 200  # times that a gzip file may grow; deflate could a thousand times …
-_ALWAYS_BYTES: Final = 64 << 20  # … and so far it may anyway
 MAX_REFUSED: Final = 100  # refused lines kept with their text; all of them are counted
 _CHUNK: Final = 2_048  # lines split at once: short-lived lists, else the garbage collector costs half the time
 _SNIFFED: Final = 100  # lines that settle the separator and the number of columns
@@ -66,18 +69,8 @@ LABEL_COLUMNS: Final = ("label", "labels", "is_anomaly", "anomaly")
 MISSING_COLUMNS: Final = ("missing", "is_missing")
 SERIES_COLUMNS: Final = ("kpi", "kpi_id", "kpiid", "kpi_name", "name", "series", "series_id", "metric")
 VALUE_COLUMNS: Final = ("value", "values", "val")
-_NO_VALUE: Final = frozenset({"", "nan", "null", "none", "na", "n/a"})
-_NORMAL: Final = ("0", "false", "f", "no", "n")
-_ANOMALOUS: Final = ("1", "true", "t", "yes", "y")
-_BAD: Final = 2  # code of a label that is none of these words
-_MODERN_MS: Final = 1e12  # September 2001
 
-_DAMAGED: Final = re.compile("[\0\udc80-\udcff]")  # NUL, or a byte that is not UTF-8 (surrogateescape)
-_SEP_LINE: Final = re.compile(r"sep=([,;\t])", re.IGNORECASE)
-_BINARY: Final = (b"PK\x03\x04", b"PAR1", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"SQLite format", b"\x89HDF")
-_CONTROL: Final = bytes(sorted(set(range(1, 32)) - set(b"\t\n\r\f")))
 _T = TypeVar("_T", bound=np.generic)
-_EXPECTED: Final = "expected lines such as `1469376000,0.84` or `2016-07-24 16:00:00,0.84`, with a header or without"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,73 +125,6 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Points:
-    """The points of several files as one stream, in the order of replay.
-
-    Attributes:
-        names: the KPIs and entities; the same name in two files is the same one.
-        timestamp_ms: (N,) int64, milliseconds since 1970 UTC.
-        kpi: (N,) int32, index into names.
-        value: (N,) float64; NaN = missing.
-        label: (N,) int8: 1 anomalous, 0 normal, -1 unknown. The points of an entity's record share its label.
-        metrics: of each name; those of a KPI are empty. None at all: they are all KPIs.
-        feature: (N,) int32, index into the metrics of its entity; 0 of a KPI. None at all: they are all KPIs.
-    """
-
-    names: tuple[str, ...]
-    timestamp_ms: npt.NDArray[np.int64]
-    kpi: npt.NDArray[np.int32]
-    value: npt.NDArray[np.float64]
-    label: npt.NDArray[np.int8]
-    metrics: tuple[tuple[str, ...], ...] = ()
-    feature: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-
-    def __post_init__(self) -> None:
-        """Give KPIs what only entities have."""
-        if not self.metrics:
-            object.__setattr__(self, "metrics", ((),) * len(self.names))
-        if not len(self.feature):
-            object.__setattr__(self, "feature", np.zeros(len(self.value), np.int32))
-
-    def __len__(self) -> int:
-        return len(self.value)
-
-    def take(self, which: slice | npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Self:
-        """Return the points that `which` names, in its order."""
-        columns = ("timestamp_ms", "kpi", "value", "label", "feature")
-        return replace(self, **{name: getattr(self, name)[which] for name in columns})
-
-    @property
-    def begins(self) -> npt.NDArray[np.bool_]:
-        """Which points begin a record, (N,): each of a KPI; of an entity those of one line are one record."""
-        begins = np.ones(len(self), np.bool_)
-        begins[1:] = (
-            (np.diff(self.kpi) != 0) | (np.diff(self.timestamp_ms) != 0) | (self.feature[1:] <= self.feature[:-1])
-        )
-        return begins
-
-    @property
-    def n_records(self) -> int:
-        """How many records they are."""
-        return int(self.begins.sum())
-
-    @property
-    def n_entities(self) -> int:
-        """How many of the names are entities; the others are KPIs."""
-        return sum(map(bool, self.metrics))
-
-    @property
-    def record(self) -> npt.NDArray[np.int64]:
-        """The record of each point, (N,), counted from 0."""
-        record: npt.NDArray[np.int64] = np.cumsum(self.begins, dtype=np.int64) - 1
-        return record
-
-    def series(self, k: int) -> tuple[str, ...]:
-        """Return what the k-th KPI or entity may be watched as: its own name, and those of its metrics as KPIs."""
-        return (self.names[k], *(f"{self.names[k]}.{metric}" for metric in self.metrics[k]))
-
-
-@dataclass(frozen=True, slots=True)
 class _Layout:
     """Which field of a line is what; None = the file has no such column."""
 
@@ -226,29 +152,29 @@ def read_table(path: Path, *, kpi: str | None = None, entity: bool = False) -> T
             column, no KPI of that name, or more than half of its lines are refused. As an entity it is long, or its
             name or a metric's cannot be one.
     """
-    numbers, texts, separator = _content(path, _decode(path, _read_bytes(path)))
+    numbers, texts, separator = content(path, decode(path, read_bytes(path)))
     layout = _layout(path, texts, separator)
     if layout.header is not None:
         numbers, texts = numbers[1:], texts[1:]
     if not texts:
-        raise InputError(f"{path}: a header and no rows; {_EXPECTED}")
+        raise InputError(f"{path}: a header and no rows; {EXPECTED}")
     metrics = _metrics(path, kpi, layout) if entity else ()
 
     series = SeriesIndex()
     parts = [_parse(texts[i : i + _CHUNK], layout, series) for i in range(0, len(texts), _CHUNK)]
     stamp, numeric, values, label, kpi_index, good = (np.concatenate(column) for column in zip(*parts, strict=True))
-    unit_ms = _unit_ms(stamp[numeric])
+    unit_ms = unit_ms_of(stamp[numeric])
     stamp[numeric] = np.rint(stamp[numeric] * unit_ms)
-    good &= _in_range(stamp, numeric)
+    good &= in_range(stamp, numeric)
 
     bad = np.flatnonzero(~good)
     refused = tuple(
-        RefusedLine(int(numbers[i]), _reason(texts[i], layout, unit_ms), _short(texts[i])) for i in bad[:MAX_REFUSED]
+        RefusedLine(int(numbers[i]), _reason(texts[i], layout, unit_ms), short(texts[i])) for i in bad[:MAX_REFUSED]
     )
     if 2 * len(bad) > len(texts):
         raise InputError(
             f"{path}: does not look like a CSV of KPI points: {len(bad)} of {len(texts)} lines refused, "
-            f"the first is line {refused[0].line}: {refused[0].reason}; {_EXPECTED}"
+            f"the first is line {refused[0].line}: {refused[0].reason}; {EXPECTED}"
         )
 
     # Melt: a line with F values gives F rows.
@@ -321,104 +247,6 @@ def _join(columns: Sequence[npt.NDArray[_T]], dtype: type[_T]) -> npt.NDArray[_T
     return np.concatenate(columns) if columns else np.empty(0, dtype)
 
 
-# --- from the disk to lines ---
-
-
-def _read_bytes(path: Path) -> bytes:
-    """Return the file's bytes, decompressed."""
-    try:
-        with path.open("rb") as file:
-            data = read_at_most(file, BYTES_MAX + 1)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the path of a CSV file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: a directory, not a file; name the CSV files in it") from None
-    except (OSError, ValueError) as error:  # ValueError: NUL in the path
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    _check_size(path, data)
-    if data[:2] == b"\x1f\x8b":
-        most = max(_EXPANSION_MAX * len(data), _ALWAYS_BYTES)
-        try:
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
-                text = read_at_most(packed, min(most, BYTES_MAX) + 1)
-            _check_size(path, text)
-            if len(text) > most:
-                raise InputError(
-                    f"{path}: unpacks to more than {_EXPANSION_MAX} times its size, which no measured values do; "
-                    "if you trust the file, unpack it first"
-                )
-            return text
-        except (OSError, EOFError, zlib.error) as error:
-            # Half a file would be replayed as if it were the whole, and end in a false silence.
-            raise InputError(f"{path}: damaged or cut-off gzip ({error}); fetch the file again") from None
-    return data
-
-
-def read_at_most(file: IO[bytes] | gzip.GzipFile, size: int) -> bytes:
-    """Return what a file holds, up to so many bytes: `read(size)` would take the memory for all of them at once."""
-    parts: list[bytes] = []
-    while size > 0 and (part := file.read(min(size, _PIECE))):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
-
-
-def _check_size(path: Path, data: bytes) -> None:
-    if len(data) > BYTES_MAX:
-        raise InputError(f"{path}: larger than {BYTES_MAX:,} bytes; split it, by KPI or by time")
-
-
-def _decode(path: Path, data: bytes) -> str:
-    """Return the text; bytes that are not UTF-8 become lone surrogates, which spoil their line only."""
-    if not data.strip(b"\0 \t\r\n\xef\xbb\xbf"):
-        raise InputError(f"{path}: {'only NUL bytes and blanks' if data else 'empty'}; {_EXPECTED}")
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise InputError(f"{path}: UTF-16 text; save it as UTF-8")
-    head = data[:65_536].replace(b"\0", b"")  # a crash leaves runs of NUL in good text
-    control = len(head) - len(head.translate(None, _CONTROL))
-    if data.startswith(_BINARY) or control > 0.02 * len(head) + 2:
-        raise InputError(f"{path}: a binary file, begins with {data[:8]!r}; {_EXPECTED}")
-    text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-
-
-def _content(path: Path, text: str) -> tuple[npt.NDArray[np.int64], list[str], str | None]:
-    """Return the lines that count with their numbers, and the separator that a `sep=` line names."""
-    lines = text.split("\n")
-    if (longest := max(map(len, lines))) > LINE_MAX:
-        number = next(i for i, line in enumerate(lines, 1) if len(line) == longest)
-        raise InputError(f"{path}: line {number} has {longest:,} characters, at most {LINE_MAX:,}; {_EXPECTED}")
-    numbers = [i for i, line in enumerate(lines) if (blank := line.lstrip()) and blank[0] != "#"]
-    separator = None
-    if numbers and (match := _SEP_LINE.fullmatch(lines[numbers[0]].strip(' "'))):
-        separator = match[1]
-        numbers = numbers[1:]
-    if not numbers:
-        raise InputError(f"{path}: no lines but blank ones and comments; {_EXPECTED}")
-    texts = lines if len(numbers) == len(lines) else [lines[i] for i in numbers]
-    return np.array(numbers, np.int64) + 1, texts, separator
-
-
-def _split(lines: Sequence[str], separator: str) -> list[list[str]]:
-    """Split lines into fields; a line with damaged quotes or bytes gives no fields."""
-    joined = "".join(lines)
-    if joined.isascii() and '"' not in joined and "\0" not in joined:
-        return [line.split(separator) for line in lines]
-    return [_split_careful(line, separator) for line in lines]
-
-
-def _split_careful(line: str, separator: str) -> list[str]:
-    if _DAMAGED.search(line):
-        return []
-    if '"' not in line:
-        return line.split(separator)
-    try:
-        # A reader a line: an open quote must not swallow the lines below.
-        return next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True))
-    except csv.Error:
-        return []
-
-
 # --- what the columns are ---
 
 
@@ -431,12 +259,12 @@ def _layout(path: Path, texts: Sequence[str], separator: str | None) -> _Layout:
     separator, width = _sniff(texts[:_SNIFFED], separator)
     if width < 2:
         raise InputError(
-            f"{path}: no lines of several fields between commas, semicolons or tabs; the first is {_short(texts[0])}; "
-            f"{_EXPECTED}"
+            f"{path}: no lines of several fields between commas, semicolons or tabs; the first is {short(texts[0])}; "
+            f"{EXPECTED}"
         )
-    readable = _DAMAGED.sub("\ufffd", texts[0])  # a header in Latin-1 names its columns well enough
+    readable = DAMAGED.sub("\ufffd", texts[0])  # a header in Latin-1 names its columns well enough
     first, *others = (
-        [field.strip() for field in fields] for fields in _split([readable, *texts[1:_SNIFFED]], separator)
+        [field.strip() for field in fields] for fields in split([readable, *texts[1:_SNIFFED]], separator)
     )
     keys = [re.sub(r"^unnamed.*|^[@_]+", "", re.sub(r"[\s-]+", "_", field.lower())) for field in first]
     if not _is_header(first, keys, width):
@@ -448,7 +276,7 @@ def _layout(path: Path, texts: Sequence[str], separator: str | None) -> _Layout:
         label = 2 if width == 3 else None
         return _Layout(separator, width, None, time=0, values=(1,), label=label, missing=None, series=None)
 
-    found = f"columns are {_short(', '.join(first), 200)}"
+    found = f"columns are {short(', '.join(first), 200)}"
     time = _find(keys, TIME_COLUMNS)
     if time is None and keys[0] == "":
         time = 0  # a data frame's index has no name; where there is a time column, it is a row number and left out
@@ -462,7 +290,7 @@ def _layout(path: Path, texts: Sequence[str], separator: str | None) -> _Layout:
         if key
         and i not in (time, label, missing, series)
         # `timestamp,datetime,value`: the same time once more, for the human reader
-        and not (key in TIME_COLUMNS and _looks_iso(sample[i]))
+        and not (key in TIME_COLUMNS and looks_iso(sample[i]))
     ]
     if not values:
         raise InputError(f"{path}: no value column: {found}; name one of them value")
@@ -484,7 +312,7 @@ def _sniff(lines: Sequence[str], separator: str | None) -> tuple[str, int]:
     """Return the separator on which most lines agree, and the commonest number of fields."""
     best, agreed = (separator or ",", 1), 0
     for candidate in (separator,) if separator else ("\t", ";", ","):
-        counts = Counter(len(fields) for fields in _split(lines, candidate) if len(fields) > 1)
+        counts = Counter(len(fields) for fields in split(lines, candidate) if len(fields) > 1)
         for width, count in counts.most_common(1):
             if count > agreed:
                 best, agreed = (candidate, width), count
@@ -495,7 +323,7 @@ def _is_header(first: Sequence[str], keys: Sequence[str], width: int) -> bool:
     """Tell a header from a first line of data, torn ones included."""
     if any(key in TIME_COLUMNS for key in keys):
         return True
-    stamp, _ = _times(first)
+    stamp, _ = times(first)
     return len(first) == width and bool(np.isnan(stamp).all())
 
 
@@ -532,7 +360,7 @@ def _metrics(path: Path, name: str | None, layout: _Layout) -> tuple[str, ...]:
         metrics = [_printable(layout.header[i]) for i in layout.values]
     for metric in metrics:
         if problem := name_problem(f"{name or _stem(path)}.{metric}"):
-            raise InputError(f"{path}: metric {_short(metric)}: {problem}")
+            raise InputError(f"{path}: metric {short(metric)}: {problem}")
     return tuple(metrics)
 
 
@@ -544,7 +372,7 @@ def _pick(table: Table, kpi: str) -> Table:
     """
     wanted = [i for i, name in enumerate(table.names) if kpi in (name, name.removeprefix(f"{_stem(table.path)}."))]
     if not wanted:
-        raise InputError(f"{table.path}: no KPI {kpi!r}; it has {_short(', '.join(table.names), 200)}")
+        raise InputError(f"{table.path}: no KPI {kpi!r}; it has {short(', '.join(table.names), 200)}")
     rows = table.kpi == wanted[0]
     return replace(
         table,
@@ -561,25 +389,6 @@ def _pick(table: Table, kpi: str) -> Table:
 # --- from lines to numbers ---
 
 
-class _Labels(dict[str, int]):
-    """Label word -> 1, 0, -1 (unknown), or `_BAD`."""
-
-    def __missing__(self, text: str) -> int:
-        word = text.strip().lower()
-        number = _number(word)  # 1.0, 0.000e+00
-        if word in _NORMAL or number == 0:
-            code = 0
-        elif word in _ANOMALOUS or number == 1:
-            code = 1
-        else:
-            code = -1 if math.isnan(number) else _BAD
-        if len(self) < 1000:
-            self[text] = code
-        return code
-
-
-_LABELS: Final = _Labels()
-
 _Parsed: TypeAlias = tuple[
     npt.NDArray[np.float64],  # (N,) timestamp as written, or ms if ISO; NaN where unreadable
     npt.NDArray[np.bool_],  # (N,) True: the timestamp is a number and waits for its unit
@@ -592,7 +401,7 @@ _Parsed: TypeAlias = tuple[
 
 def _parse(lines: Sequence[str], layout: _Layout, series: SeriesIndex) -> _Parsed:
     """Parse lines into columns, a row a line, unreadable ones included."""
-    rows = _split(lines, layout.separator)
+    rows = split(lines, layout.separator)
     n = len(rows)
     whole = np.fromiter(map(len, rows), np.int64, n) == layout.width
     if not whole.all():
@@ -600,16 +409,16 @@ def _parse(lines: Sequence[str], layout: _Layout, series: SeriesIndex) -> _Parse
     columns = list(zip(*rows, strict=True))
     del rows
 
-    stamp, numeric = _times(columns[layout.time])
-    values = np.stack([_floats(columns[i]) for i in layout.values], axis=1)  # (N, F)
+    stamp, numeric = times(columns[layout.time])
+    values = np.stack([floats(columns[i]) for i in layout.values], axis=1)  # (N, F)
     good = whole & ~np.isnan(stamp) & ~(np.abs(values) > VALUE_MAX).any(axis=1)
     label = np.full(n, -1, np.int8)
     if layout.label is not None:
-        label = np.fromiter(map(_LABELS.__getitem__, columns[layout.label]), np.int8, n)
-        good &= label != _BAD
+        label = np.fromiter(map(LABELS.__getitem__, columns[layout.label]), np.int8, n)
+        good &= label != BAD_LABEL
     if layout.missing is not None:
-        missing = np.fromiter(map(_LABELS.__getitem__, columns[layout.missing]), np.int8, n)
-        good &= missing != _BAD
+        missing = np.fromiter(map(LABELS.__getitem__, columns[layout.missing]), np.int8, n)
+        good &= missing != BAD_LABEL
         values[missing == 1] = np.nan
     kpi = np.zeros(n, np.int64)
     if layout.series is not None:
@@ -618,99 +427,16 @@ def _parse(lines: Sequence[str], layout: _Layout, series: SeriesIndex) -> _Parse
     return stamp, numeric, values, label, kpi, good
 
 
-def _floats(column: Sequence[str]) -> npt.NDArray[np.float64]:
-    """Return (N,) numbers; NaN = missing, inf = infinite or not a number."""
-    if _plain(column):
-        try:
-            return np.fromiter(map(float, column), np.float64, len(column))
-        except ValueError:
-            pass  # an empty field, or a torn one: tell them apart below
-    return np.array([_number(text) for text in column], np.float64)
-
-
-def _plain(column: Sequence[str]) -> bool:
-    """True if Python's `float` takes nothing here that a CSV would not mean: 1_000, other scripts' digits."""
-    joined = "".join(column)
-    return joined.isascii() and "_" not in joined
-
-
-def _number(text: str) -> float:
-    """Return one number; NaN = missing, inf = infinite or not a number."""
-    word = text.strip()
-    if word.lower() in _NO_VALUE:
-        return math.nan
-    try:
-        return float(word) if _plain(word) else math.inf
-    except ValueError:
-        return math.inf
-
-
-def _is_number(text: str) -> bool:
-    """True for inf and numbers too large for a float as well, which `_number` does not tell from a word."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return _plain(text)
-
-
-def _times(column: Sequence[str]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Return (N,) timestamps, NaN where unreadable, and which are numbers that wait for a unit (the others are ms)."""
-    if _plain(column):
-        try:
-            number = np.fromiter(map(float, column), np.float64, len(column))
-            return _finite(number), np.isfinite(number)
-        except ValueError:
-            pass
-    words = [text.strip() for text in column]
-    iso = np.fromiter(map(_looks_iso, words), np.bool_, len(words))
-    stamp = np.full(len(words), np.nan)
-    stamp[iso] = _iso_ms([word for word in words if _looks_iso(word)])
-    stamp[~iso] = [_number(word) for word in words if not _looks_iso(word)]
-    return _finite(stamp), ~iso & np.isfinite(stamp)
-
-
-def _finite(stamp: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return NaN for inf, and numbers small enough to be multiplied by a unit."""
-    return np.where(np.isinf(stamp), np.nan, np.clip(stamp, -1e17, 1e17))
-
-
-def _looks_iso(word: str) -> bool:
-    return word[4:5] == "-" and word[:4].isdecimal() and word.isascii()
-
-
-def _iso_ms(words: Sequence[str]) -> npt.NDArray[np.float64]:
-    """Return (N,) milliseconds since 1970 UTC; NaN where not ISO 8601."""
-    parsed = pd.to_datetime(pd.Series(words, dtype=object), format="ISO8601", utc=True, errors="coerce")
-    micros = parsed.dt.tz_localize(None).to_numpy("datetime64[us]")
-    ms = np.rint(micros.astype(np.int64) / 1000)  # exact: below 2**53
-    return np.where(np.isnat(micros), np.nan, ms)
-
-
-def _unit_ms(numbers: npt.NDArray[np.float64]) -> float:
-    """Return the file's unit of numeric timestamps in milliseconds: 1000 for seconds, 1 for milliseconds."""
-    return 1000.0 if not len(numbers) or np.median(numbers) < SECONDS_BELOW else 1.0
-
-
-def _in_range(stamp: npt.NDArray[np.float64], numeric: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Tell the timestamps, (N,) in ms, that can be meant: 1970 to 2200, and no digit lost or gained."""
-    fine = (stamp >= 0) & (stamp <= TIMESTAMP_MAX_MS)
-    middle = np.median(stamp[numeric]) if numeric.any() else 0.0
-    if middle >= _MODERN_MS:
-        fine &= ~numeric | ((stamp > middle / 10) & (stamp < middle * 10))
-    return np.asarray(fine)
-
-
 # --- what to tell the operator ---
 
 
 def _reason(line: str, layout: _Layout, unit_ms: float) -> str:
-    """Say why a line was refused: the checks of `_parse` and `_in_range` once more, in words."""
+    """Say why a line was refused: the checks of `_parse` and `in_range` once more, in words."""
     if "\0" in line:
         return "holds NUL bytes"
-    if _DAMAGED.search(line):
+    if DAMAGED.search(line):
         return "is not UTF-8"
-    fields = [field.strip() for field in _split([line], layout.separator)[0]]
+    fields = [field.strip() for field in split([line], layout.separator)[0]]
     if not fields:
         return "has an unbalanced quote"
     if layout.header is not None and tuple(fields) == layout.header:
@@ -718,26 +444,21 @@ def _reason(line: str, layout: _Layout, unit_ms: float) -> str:
     if len(fields) != layout.width:
         return f"has {len(fields)} fields, expected {layout.width}"
     time = fields[layout.time]
-    stamp, numeric = _times([time])
+    stamp, numeric = times([time])
     if np.isnan(stamp[0]):
-        return f"timestamp {_short(time)} is neither epoch seconds, milliseconds nor ISO 8601"
+        return f"timestamp {short(time)} is neither epoch seconds, milliseconds nor ISO 8601"
     for i in layout.values:
-        if abs(_number(fields[i])) > VALUE_MAX:
-            wrong = f"infinite or beyond {VALUE_MAX:g}" if _is_number(fields[i]) else "not a number"
-            column = f"column {_short(layout.header[i])}:" if layout.header and len(layout.values) > 1 else "value"
-            return f"{column} {_short(fields[i])} is {wrong}"
+        if abs(number_of(fields[i])) > VALUE_MAX:
+            wrong = f"infinite or beyond {VALUE_MAX:g}" if is_number(fields[i]) else "not a number"
+            column = f"column {short(layout.header[i])}:" if layout.header and len(layout.values) > 1 else "value"
+            return f"{column} {short(fields[i])} is {wrong}"
     for flag in (layout.label, layout.missing):
-        if flag is not None and _LABELS[fields[flag]] == _BAD:
-            return f"label {_short(fields[flag])} is neither 0 nor 1"
+        if flag is not None and LABELS[fields[flag]] == BAD_LABEL:
+            return f"label {short(fields[flag])} is neither 0 nor 1"
     if layout.series is not None and (problem := name_problem(fields[layout.series])):
         return problem
     unit = "" if not numeric[0] else " seconds" if unit_ms == 1000 else " milliseconds"
-    return f"timestamp {_short(time)}{unit} is before 1970, after 2200, or ten times off the others of the file"
-
-
-def _short(text: str, limit: int = 60) -> str:
-    """Quote a text for a message: escaped, and cut at a limit."""
-    return repr(text) if len(text) <= limit else repr(text[:limit]) + "…"
+    return f"timestamp {short(time)}{unit} is before 1970, after 2200, or ten times off the others of the file"
 
 
 def _printable(name: str) -> str:

@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from stream.csvfile import Points
 from stream.discovery import with_servers
 from stream.embedded import embedded_servers
 from stream.errors import TocsinError
 from stream.events import Event
+from stream.points import Points
 from stream.replay import CHUNK, replay
 from stream.report import Summary, summarise
 from stream.service import make_worker

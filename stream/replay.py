@@ -16,10 +16,10 @@ import numpy as np
 from aiokafka.errors import KafkaError
 
 from stream.columns import Int64Array
-from stream.csvfile import Points
 from stream.errors import BrokerError, ConfigError
 from stream.events import iso_time
 from stream.kafka import explained, points_producer
+from stream.points import Points
 from stream.records import SECONDS_BELOW
 from stream.settings import KafkaSettings
 from stream.topics import ensure_topics

@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from stream.csvfile import Points
 from stream.detector import Counts
 from stream.events import TYPE_CORRECTED, TYPE_RETRACTED, TYPE_SILENT, Event, EventData, iso_time
+from stream.points import Points
 
 
 class Segment(msgspec.Struct, frozen=True):

@@ -32,18 +32,11 @@ import pandas as pd
 
 from stream import csvfile
 from stream.columns import BoolArray, Columns, Entity, Float64Array, Int64Array, SeriesIndex, name_problem
-from stream.csvfile import (
-    LABEL_COLUMNS,
-    MISSING_COLUMNS,
-    SERIES_COLUMNS,
-    TIME_COLUMNS,
-    VALUE_COLUMNS,
-    Points,
-    Table,
-)
+from stream.csvfile import LABEL_COLUMNS, MISSING_COLUMNS, SERIES_COLUMNS, TIME_COLUMNS, VALUE_COLUMNS, Table
 from stream.errors import InputError
 from stream.grid import PROBE_POINTS
 from stream.maintenance import Weekly
+from stream.points import Points
 from stream.records import SECONDS_BELOW, TIMESTAMP_MAX_MS, VALUE_MAX, decode
 from stream.settings import KafkaSettings
 from stream.tail import read_tail

@@ -24,11 +24,11 @@ from aiokafka.partitioner import DefaultPartitioner
 
 from stream import backtest, events, records
 from stream.columns import Columns, SeriesIndex
-from stream.csvfile import Points
 from stream.detector import Detector
 from stream.errors import BrokerError, ConfigError
 from stream.events import Event, EventData, SilenceData
 from stream.kafka import client_options, explained, reader
+from stream.points import Points
 from stream.settings import KafkaSettings
 from stream.topics import ensure_topics
 

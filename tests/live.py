@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from stream import backtest, events
-from stream.csvfile import Points
 from stream.events import Event
 from stream.kafka import client_options, points_producer
+from stream.points import Points
 from stream.sample import generate
 from stream.service import detector_factory, make_worker, use_one_thread
 from stream.settings import KafkaSettings, Settings, load_settings

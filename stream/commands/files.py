@@ -26,8 +26,8 @@ from stream.commands.shared import (
 from stream.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from stream.csvfile import Points
     from stream.detector import Detector
+    from stream.points import Points
 
 
 def backtest(

@@ -30,8 +30,8 @@ from stream.commands.shared import (
 from stream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from stream.csvfile import Points
     from stream.events import Event
+    from stream.points import Points
     from stream.settings import Settings
     from stream.verify import Comparison
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from stream.csvfile import Points, Table
+    from stream.csvfile import Table
+    from stream.points import Points
     from stream.report import Summary
     from stream.settings import Settings
 

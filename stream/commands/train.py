@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from models.family import Family as ModelFamily
     from models.resume import Store
     from models.windows import TrainSeries
-    from stream.csvfile import Points
+    from stream.points import Points
     from stream.settings import Settings
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")

@@ -16,9 +16,9 @@ import numpy as np
 from models.windows import TrainSeries
 from stream import backtest, csvfile, sources
 from stream.columns import BoolArray, Int64Array
-from stream.csvfile import Points
 from stream.errors import InputError
 from stream.evaluation import nab
+from stream.points import Points
 
 _MINUTE_MS: Final = 60_000
 _START_MS: Final = 1_767_571_200_000  # of files without times: 2026-01-05, a Monday

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from stream import backtest
-from stream.csvfile import Points, merge, read_table
+from stream.csvfile import merge, read_table
 from stream.detector import Counts
 from stream.events import TYPE_OPENED, Event, EventData
+from stream.points import Points
 from stream.report import Segment, Summary, summarise
 from stream.rules import parse_rules
 from stream.service import detector_factory, use_one_thread

@@ -18,9 +18,9 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from stream import backtest, events
-from stream.csvfile import Points
 from stream.embedded import LOOPBACK, free_port
 from stream.events import Event
+from stream.points import Points
 from stream.sample import KINDS, generate
 from stream.settings import Settings, load_settings
 from stream.topics import ensure_topics

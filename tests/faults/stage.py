@@ -18,8 +18,8 @@ from pathlib import Path
 
 from confluent_kafka import Consumer, KafkaException, Message, Producer, TopicPartition
 
-from stream.csvfile import Points
 from stream.embedded import Child
+from stream.points import Points
 from stream.settings import KafkaSettings
 from stream.verify import partition_of
 

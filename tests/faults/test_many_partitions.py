@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from stream import backtest
-from stream.csvfile import Points
 from stream.embedded import Child
+from stream.points import Points
 from stream.sample import generate
 from stream.settings import KafkaSettings
 from tests.faults.judge import judge_events, judge_rejects, read_committed, refusals

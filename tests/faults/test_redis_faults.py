@@ -17,9 +17,9 @@ from redis.exceptions import RedisError
 
 from stream import snapshot
 from stream import worker as worker_module
-from stream.csvfile import Points
 from stream.embedded import LOOPBACK, free_port
 from stream.partition import Partition
+from stream.points import Points
 from stream.replay import replay
 from stream.settings import Settings
 from stream.store import CLOCK_FIELD, OFFSET_FIELD, Store

@@ -17,8 +17,8 @@ from models.train import TrainConfig, train
 from models.windows import TrainSeries
 from stream import backtest
 from stream.commands import app
-from stream.csvfile import Points
 from stream.events import TYPE_OPENED, Event, EventData
+from stream.points import Points
 from stream.replay import replay
 from stream.report import Summary, summarise
 from stream.service import detector_factory, use_one_thread

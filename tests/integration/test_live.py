@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from stream.csvfile import Points
 from stream.events import TYPE_RESUMED, TYPE_SILENT, decode
+from stream.points import Points
 from stream.replay import replay
 from tests.live import (
     DEADLINE_S,

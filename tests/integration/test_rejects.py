@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from aiokafka import AIOKafkaProducer, ConsumerRecord
 
-from stream.csvfile import Points
 from stream.kafka import client_options
 from stream.outputs import REJECT_BYTES_MAX
+from stream.points import Points
 from stream.sample import generate
 from stream.settings import KafkaSettings, Settings
 from stream.topics import ensure_topics

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stream.csvfile import Points
 from stream.events import TYPE_OPENED, Event, EventData, iso_time
+from stream.points import Points
 from stream.replay import replay
 from stream.worker import Worker
 from tests.e2e.program import tocsin

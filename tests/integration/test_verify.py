@@ -12,9 +12,9 @@ import pytest
 from confluent_kafka import Producer
 
 from stream import render, sample, verify
-from stream.csvfile import Points
 from stream.errors import BrokerError, ConfigError
 from stream.events import TYPE_OPENED, Event, iso_time
+from stream.points import Points
 from stream.service import detector_factory
 from stream.settings import KafkaSettings, Settings
 from stream.topics import ensure_topics

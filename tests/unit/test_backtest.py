@@ -5,8 +5,8 @@ import pytest
 
 from stream import backtest, grid
 from stream.backtest import head, training_series
-from stream.csvfile import Points
 from stream.errors import InputError
+from stream.points import Points
 from tests.helpers import MINUTE, T0, Arrival, columns, detector, normal_points
 from tests.helpers import run as run_directly
 

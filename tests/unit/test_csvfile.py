@@ -449,7 +449,7 @@ def test_a_gzip_file_that_grows_too_much_is_refused_before_it_fills_the_memory(t
 
 
 def test_a_file_beyond_the_bound_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stream.csvfile.BYTES_MAX", 1_000)
+    monkeypatch.setattr("stream.csvlines.BYTES_MAX", 1_000)
     text = b"1469376000,0.84\n" * 63
     plain, packed = tmp_path / "a.csv", tmp_path / "a.csv.gz"
     plain.write_bytes(text)

@@ -12,9 +12,10 @@ from models.windows import TrainSeries
 from stream import backtest
 from stream.backtest import head, training_series
 from stream.columns import SeriesIndex
-from stream.csvfile import Points, merge, read_table
+from stream.csvfile import merge, read_table
 from stream.detector import Detector
 from stream.errors import ConfigError, InputError
+from stream.points import Points
 from stream.records import decode
 from stream.replay import _records
 from tests.helpers import MINUTE, T0, Persistence, config, detector

@@ -9,7 +9,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from stream.csvfile import Points
 from stream.detector import Counts
 from stream.events import (
     TYPE_OPENED,
@@ -22,6 +21,7 @@ from stream.events import (
     iso_time,
     make_event,
 )
+from stream.points import Points
 from stream.report import Summary, as_json, summarise
 from tests.helpers import MINUTE, T0
 

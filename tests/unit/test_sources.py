@@ -15,8 +15,9 @@ from stream import sources
 from stream.backtest import training_series
 from stream.columns import SeriesIndex
 from stream.commands.train import days_of, hours_of
-from stream.csvfile import Points, merge
+from stream.csvfile import merge
 from stream.errors import ConfigError, InputError
+from stream.points import Points
 from stream.records import decode
 from stream.sources import choose, read_table, wanted_times
 
