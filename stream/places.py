@@ -69,6 +69,10 @@ class Places:
         """Give room to so many slots."""
         self.group_of, self.row_of = grown(self.group_of, room, NOWHERE), grown(self.row_of, room, NOWHERE)
 
+    def number_of(self, slot: int) -> int:
+        """Return the number of the group of a slot, NOWHERE of a series that none of them watches."""
+        return int(self.group_of[slot]) if self.groups else NOWHERE  # without groups it has no room
+
     def assign(self, slots: Int64Array, names: Sequence[str], rules: Int32Array) -> None:
         """Say of slots which group each belongs to; they have no rows yet."""
         at = zip(names, rules.tolist(), strict=True)

@@ -257,7 +257,7 @@ def unpack(detector: Detector, blobs: Mapping[bytes, bytes]) -> Restored:
         if rule < 0 or detector.served[rule] is None:
             continue
         places = detector.shadows if shadow else detector.places
-        number = int(places.group_of[slot]) if slot >= 0 else -1
+        number = places.number_of(slot) if slot >= 0 else -1
         if shadow and (number < 0 or places.groups[number].features != features):
             continue  # nothing judges it in the shadow any more
         try:
