@@ -170,21 +170,11 @@ def make_worker(settings: Settings) -> Worker:
 async def serve(settings: Settings) -> None:
     """Run a worker until SIGTERM or SIGINT; everything taken in is settled and flushed then."""
     worker = make_worker(settings)
-    running = asyncio.ensure_future(worker.run())
-
-    def stop() -> None:
-        worker.stop()
-        if not worker.assigned.is_set():  # still waiting for a server, perhaps for long
-            running.cancel()
-
-    with stop_on_signals(stop):
+    # Before anything runs beside this: until then SIGTERM ends the program where it stands.
+    with stop_on_signals(worker.stop):
         try:
-            await asyncio.wait({running})
-            if not running.cancelled():
-                running.result()
+            await worker.run()
         finally:
-            running.cancel()
-            await asyncio.wait({running})
             await worker.store.close()
 
 

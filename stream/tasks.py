@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from redis.backoff import EqualJitterBackoff
 
@@ -13,6 +13,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _SHORT_S = 0.25  # heartbeats are seconds apart
+_CANCEL_AGAIN_S = 0.5
 _threads = ThreadPoolExecutor(thread_name_prefix="judge")
 
 
@@ -38,12 +39,30 @@ def pause(failures: int, first_s: float, last_s: float) -> float:
     return EqualJitterBackoff(cap=last_s, base=first_s / 2).compute(min(failures, 64))
 
 
-async def ended(task: asyncio.Task[None]) -> None:
+async def ended(task: asyncio.Task[Any]) -> None:
     """Cancel a task until it has ended: once may not be enough.
 
     redis-py sends within `asyncio.wait_for`, and that of Python 3.11 forgets a cancellation that comes just as the
-    sending is done: seen as a worker that never stopped.
+    sending is done: seen as a worker that never stopped. In between, the task has time to close what it holds.
     """
     while not task.done():
         task.cancel()
-        await asyncio.wait({task}, timeout=0.1)
+        await asyncio.wait({task}, timeout=_CANCEL_AGAIN_S)
+
+
+async def done_before(stop: asyncio.Event, work: Coroutine[object, object, None]) -> bool:
+    """Do what may wait for long, and leave it as soon as an event is set; return whether it is done.
+
+    Raises:
+        Exception: what the work raises.
+    """
+    doing, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({doing, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+        await ended(doing)
+    if doing.cancelled():
+        return False
+    doing.result()
+    return True

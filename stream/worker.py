@@ -22,7 +22,7 @@ from stream.rights import require_rights
 from stream.ruleset import RuleSet
 from stream.settings import Settings
 from stream.store import Store
-from stream.tasks import ended, pause
+from stream.tasks import done_before, ended, pause
 from stream.topics import ensure_topics
 from stream.trouble import Behind, Trouble
 
@@ -112,17 +112,10 @@ class Worker:
             StoreError: the store cannot be reached within its time.
             BrokerError: the broker cannot be reached, or a partition's transactions failed for good.
         """
-        kafka = self.settings.kafka
-        await self.store.connect(self.settings.redis.connect_timeout_s)
-        rules = None if self._rules_file is None else self._rules_file.current
-        topics = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic, kafka.shadow_topic)
-        await self._ensure_topics(topics, rules)
-        self._consumer = consumer = points_consumer(kafka)
-        try:
-            await consumer.start()
-        except KafkaError as e:
-            raise BrokerError(f"cannot read from {kafka.bootstrap_servers}: {explained(e, kafka)}") from e
-        consumer.subscribe([kafka.points_topic], listener=Rebalance(self._assign, self._revoke))
+        if not await done_before(self._stop, self._connect()):
+            return
+        consumer = self._consumer
+        consumer.subscribe([self.settings.kafka.points_topic], listener=Rebalance(self._assign, self._revoke))
         beside = (self._watch_rules(), self._watch_models(), self._watch_itself())
         watching = [asyncio.create_task(one) for one in beside]
         limit_s = _REVOKE_S
@@ -144,6 +137,22 @@ class Worker:
                     async with asyncio.timeout(_LEAVE_S):
                         await consumer.stop()
                 await asyncio.shield(self._let_go(list(self.partitions), limit_s))
+
+    async def _connect(self) -> None:
+        """Wait for the store and the broker; make sure that both allow what is needed."""
+        kafka = self.settings.kafka
+        await self.store.connect(self.settings.redis.connect_timeout_s)
+        rules = None if self._rules_file is None else self._rules_file.current
+        topics = (kafka.points_topic, kafka.anomalies_topic, kafka.rejects_topic, kafka.shadow_topic)
+        await self._ensure_topics(topics, rules)
+        self._consumer = points_consumer(kafka)
+        try:
+            await self._consumer.start()
+        except BaseException as e:
+            await self._consumer.stop()
+            if isinstance(e, KafkaError):
+                raise BrokerError(f"cannot read from {kafka.bootstrap_servers}: {explained(e, kafka)}") from e
+            raise
 
     async def _ensure_topics(self, topics: Sequence[str], rules: RuleSet | None) -> None:
         """Make sure that topics are there, and those that rules publish to."""

@@ -7,7 +7,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -131,7 +131,7 @@ def up(
                 await run_service(with_servers(settings, servers))
 
     with contextlib.suppress(_Terminated):
-        asyncio.run(_until_sigterm(run()))
+        asyncio.run(_until_sigterm(run))
 
 
 def serve(rules: RulesRef = None) -> None:
@@ -234,7 +234,7 @@ def replay(
             await send()
 
     try:
-        asyncio.run(_until_sigterm(work()))
+        asyncio.run(_until_sigterm(work))
     except (KeyboardInterrupt, _Terminated):
         if sent < total and not no_send:
             say(f"stopped after {sent:,} of {total:,} {unit}s; the same command with --resume goes on")
@@ -387,15 +387,21 @@ class _Terminated(Exception):
     """SIGTERM has come."""
 
 
-async def _until_sigterm(work: Coroutine[object, object, None]) -> None:
+async def _until_sigterm(work: Callable[[], Awaitable[None]]) -> None:
     """Do the work; SIGTERM cancels it as Ctrl-C does, so that it can end in order, and then raises `_Terminated`."""
-    task = asyncio.ensure_future(work)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    current, terminated = asyncio.current_task(), False
+
+    def terminate() -> None:
+        nonlocal terminated
+        terminated = True
+        if current is not None:
+            current.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
     try:
-        await task
+        await work()
     except asyncio.CancelledError:
-        current = asyncio.current_task()
-        if current is not None and current.cancelling():
+        if not terminated:
             raise  # Ctrl-C
         raise _Terminated from None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import signal
 import subprocess
@@ -9,10 +11,16 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
+from stream import cli, service
+from stream.settings import Settings
+from stream.worker import Worker
+from tests import forked
 from tests.live import environment_for
 from tests.servers import StoreServer
 
@@ -132,6 +140,53 @@ def test_a_stop_while_it_waits_for_the_broker_ends_it_at_once(
         _, rest = process.communicate(timeout=20)
         assert process.returncode in ((0,) if number == signal.SIGTERM else (0, 130))
         assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize("step", [*range(1, 90, 8), 150, 400, 1_000, 2_500])
+def test_a_stop_at_any_step_of_its_start_ends_it_without_a_word(
+    redis_url: str, unique: str, unused_port: int, tmp_path: Path, step: int
+) -> None:
+    environment = impatient(f"127.0.0.1:{unused_port}", redis_url, unique) | {"TOCSIN_KAFKA__CONNECT_TIMEOUT_S": "300"}
+    out, err = tmp_path / "stdout", tmp_path / "stderr"
+    process = forked.start(
+        functools.partial(stopped_at, step),
+        ["serve"],
+        directory=tmp_path,
+        environment=os.environ | environment,
+        out=out,
+        err=err,
+    )
+    process.join(120)
+    process.kill()
+    assert process.exitcode == 0
+    assert [line for line in err.read_text().splitlines() if " INFO " not in line] == []
+
+
+def stopped_at(step: int) -> None:
+    """Run `tocsin`; SIGTERM comes so many steps of Python's after its worker is made."""
+    make, steps = service.make_worker, 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            sys.settrace(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trace if steps < step else None
+
+    def made(settings: Settings) -> Worker:
+        worker = make(settings)
+        sys.settrace(trace)
+        sys._getframe(1).f_trace = trace  # of the caller, which runs already
+        return worker
+
+    service.make_worker = made
+    try:
+        cli.main()
+    except SystemExit as e:
+        code = e.code
+    gc.collect()  # tells of tasks that nobody has ended, now that no traceback holds them
+    sys.exit(code)
 
 
 # -- processes ----------------------------------------------------------------------------------------------------

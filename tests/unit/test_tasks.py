@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from stream.tasks import ended, in_thread, pause
+from stream.tasks import done_before, ended, in_thread, pause
 
 
 async def test_a_short_function_keeps_the_event_loop_still() -> None:
@@ -50,6 +50,45 @@ async def test_a_task_that_forgets_a_cancellation_is_cancelled_again() -> None:
     await asyncio.sleep(0)
     await ended(task)
     assert task.cancelled()
+
+
+async def test_work_is_done_before_a_stop_or_left_at_once_even_if_it_forgets_that_it_was_cancelled() -> None:
+    stop, done = asyncio.Event(), list[str]()
+
+    async def short() -> None:
+        done.append("short")
+
+    async def stubborn() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        done.append("has forgotten it")
+        await asyncio.Event().wait()
+
+    async def fails() -> None:
+        raise ValueError("own")
+
+    assert await done_before(stop, short())
+    with pytest.raises(ValueError, match="own"):
+        await done_before(stop, fails())
+    asyncio.get_running_loop().call_soon(stop.set)
+    assert not await done_before(stop, stubborn())
+    assert done == ["short", "has forgotten it"]
+
+
+async def test_work_before_a_stop_ends_with_the_task_that_waits_for_it() -> None:
+    ended_too = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended_too.set()
+
+    task = asyncio.create_task(done_before(asyncio.Event(), work()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await ended(task)
+    assert task.cancelled() and ended_too.is_set()
 
 
 def test_pauses_grow_up_to_a_bound_however_long_it_fails() -> None:
