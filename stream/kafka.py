@@ -56,6 +56,11 @@ def transactional_id(settings: KafkaSettings, partition: TopicPartition) -> str:
     return f"{settings.group}-{partition.topic}-{partition.partition}"
 
 
+def named(partition: TopicPartition) -> str:
+    """Return the name of a partition as Kafka's own logs have it, TOPIC-NUMBER."""
+    return f"{partition.topic}-{partition.partition}"
+
+
 def points_consumer(settings: KafkaSettings) -> AIOKafkaConsumer:
     """Return a consumer of the group, not started and not subscribed; offsets are committed by the producers."""
     bound_batches()

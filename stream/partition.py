@@ -31,7 +31,7 @@ from stream.columns import BoolArray, Int32Array
 from stream.detector import Detector
 from stream.errors import BrokerError, StoreError
 from stream.events import Event
-from stream.kafka import Clock, clock_metadata, committed_offset
+from stream.kafka import Clock, clock_metadata, committed_offset, named
 from stream.outbox import Outbox, Outgoing, PlainOutbox, TransactionalOutbox, in_vain
 from stream.outputs import event_records, reject_record
 from stream.records import Reject
@@ -101,6 +101,7 @@ class Partition:
                 while the last one waits, and none later than if they shared the processor.
         """
         self.at = at
+        self._name = named(at)
         self.settings = settings
         self.detector = make_detector()
         self.store = store
@@ -166,8 +167,8 @@ class Partition:
             await self._outbox.close()
             raise
         self._tasks = [
-            asyncio.create_task(self._settle_loop(), name=f"settle {self.at}"),
-            asyncio.create_task(self._flush_loop(), name=f"flush {self.at}"),
+            asyncio.create_task(self._settle_loop(), name=f"settle {self._name}"),
+            asyncio.create_task(self._flush_loop(), name=f"flush {self._name}"),
         ]
 
     async def _restore(self, consumer: AIOKafkaConsumer) -> None:
@@ -176,7 +177,7 @@ class Partition:
             async with self._restoring:
                 series = await asyncio.to_thread(self._unpack, self.detector, begun.state.blobs)
             self.flushed, self._flushed_ms = begun.state.offset, begun.known.ms
-            log.info("%s: restored %d series as of offset %d", self.at, series, begun.state.offset)
+            log.info("%s: restored %d series as of offset %d", self._name, series, begun.state.offset)
         self._committed = begun.committed
         self.muted_until = self.settled = begun.settled
         self.position, self._repeat = begun.position, begun.repeat
@@ -189,9 +190,9 @@ class Partition:
         """Restore series; return how many."""
         restored = snapshot.unpack(detector, blobs)
         for problem in restored.refused:
-            log.error("%s: %s; the series starts anew", self.at, problem)
+            log.error("%s: %s; the series starts anew", self._name, problem)
         if restored.recalibrating:
-            log.warning("%s: %d series calibrate anew: other model", self.at, restored.recalibrating)
+            log.warning("%s: %d series calibrate anew: other model", self._name, restored.recalibrating)
         return restored.series
 
     async def stop(self, limit_s: float) -> None:
@@ -206,10 +207,12 @@ class Partition:
                 settle.result()
                 await ended(flush)
                 await self._flush()
-        except (KafkaError, BrokerError, StoreError, Overtaken) as e:
-            log.error("%s: not everything was settled (%r); the next owner repeats it", self.at, e)
+        except StoreError as e:
+            log.error("%s: all is settled, its state is not written: %s; the next owner rebuilds it", self._name, e)
+        except (KafkaError, BrokerError, Overtaken) as e:
+            log.error("%s: not everything was settled (%r); the next owner repeats it", self._name, e)
         except TimeoutError:
-            log.error("%s: not everything was settled within %g s; the next owner repeats it", self.at, limit_s)
+            log.error("%s: not everything was settled within %g s; the next owner repeats it", self._name, limit_s)
         finally:
             await self.abandon()
 
@@ -254,13 +257,15 @@ class Partition:
     async def _goes_on(self, offset: int) -> bool:
         """Say whether a batch that begins at an offset follows what has been taken in; tell of what is gone between."""
         if offset < self.position:
-            self._problem = Overtaken(f"{self.at} goes back from {self.position} to {offset}: it is another log")
+            self._problem = Overtaken(f"{self._name} goes back from {self.position} to {offset}: it is another log")
             return False
         if offset > self.position + 1 and self._consumer is not None:  # not only the mark of a transaction
             begin = (await self._consumer.beginning_offsets([self.at]))[self.at]
             if begin > self.position:
                 gone = begin - self.position
-                log.error("%s: %d offsets from %d on were deleted before they were read", self.at, gone, self.position)
+                log.error(
+                    "%s: %d offsets from %d on were deleted before they were read", self._name, gone, self.position
+                )
         return True
 
     async def _accept(self, batch: Sequence[ConsumerRecord], *, muted: bool) -> None:
@@ -276,7 +281,7 @@ class Partition:
             self._on_general = self.detector.places.on_general
             log.warning(
                 "%s: %d series have no weights of their own in the stack of their rule: the general model judges them",
-                self.at,
+                self._name,
                 self._on_general,
             )
         self.position = batch[-1].offset + 1
@@ -371,12 +376,12 @@ class Partition:
             try:
                 if attempt == 1 or not await self._reopened():
                     await self._settle()
-                self._broker_trouble.over(f"{self.at}: publishes again")
+                self._broker_trouble.over(f"{self._name}: publishes again")
                 return
             except (KafkaError, OSError) as e:
                 if in_vain(e) and attempt >= _ATTEMPTS:
                     raise
-                self._broker_trouble.say(f"cannot publish of {self.at}: {e!r}; trying again")
+                self._broker_trouble.say(f"cannot publish of {self._name}: {e!r}; trying again")
                 if isinstance(e, ProducerFenced):
                     pause_s = max(pause_s, _FENCED_S)
             await asyncio.sleep(pause_s)
@@ -398,7 +403,7 @@ class Partition:
             )
             return True
         if committed != self._committed:
-            raise Overtaken(f"{self.at} was at {self._committed[0]}, and is at {committed[0]}")
+            raise Overtaken(f"{self._name} was at {self._committed[0]}, and is at {committed[0]}")
         return False
 
     async def _settle(self) -> None:
@@ -439,7 +444,7 @@ class Partition:
             await asyncio.sleep(self.settings.redis.flush_interval_s)
             try:
                 await self._flush()
-                self._store_trouble.over(f"{self.at}: state is written again")
+                self._store_trouble.over(f"{self._name}: state is written again")
             except StoreError as e:
                 # The store is a cache of the log: behind, it costs a longer muted stretch after a restart, no event.
                 self._store_trouble.say(f"state not written ({e}); trying again")
@@ -485,10 +490,10 @@ class Partition:
             self._gone |= gone
             self._dirty[slots] = True
             if offset >= self.muted_until:
-                raise StoreError(f"a later state of {self.at} is stored: another worker has the partition")
+                raise StoreError(f"a later state of {self._name} is stored: another worker has the partition")
             # It could not be read at the start, and is as good as what will come of the muted stretch.
         elif saved is Saved.LOST:
-            log.warning("%s: the store has lost its state; writing all of it", self.at)
+            log.warning("%s: the store has lost its state; writing all of it", self._name)
             self.flushed = NOTHING
             await self._flush()
         else:

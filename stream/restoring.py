@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from stream.errors import StoreError
-from stream.kafka import Clock, committed_offset
+from stream.kafka import Clock, committed_offset, named
 from stream.settings import Settings
 from stream.store import CLOCK_FIELD, PartitionState, Store
 from stream.tasks import pause
@@ -70,17 +70,17 @@ async def find_beginning(
     begin = (await consumer.beginning_offsets([at]))[at]
     end = (await consumer.end_offsets([at]))[at]
     if offset is not None and offset > end:
-        log.error("%s: the group had read up to %d and the log ends at %d: it is another one", at, offset, end)
+        log.error("%s: the group had read up to %d and the log ends at %d: it is another one", named(at), offset, end)
         offset, clock = None, Clock()
     state = await _load(at, offset or 0, settings, store, trouble)
     wanted, known = begin, Clock()
     if state is not None:
         wanted, known = state.offset, Clock(_number(state.blobs.pop(CLOCK_FIELD, b"")), state.offset)
     elif offset:
-        log.warning("%s: no state in the store; rebuilding it from offset %d on, muted", at, begin)
+        log.warning("%s: no state in the store; rebuilding it from offset %d on, muted", named(at), begin)
     position = max(wanted, begin)
     if position > wanted:
-        log.warning("%s: the log begins at %d, the state ends at %d: points are missing", at, begin, wanted)
+        log.warning("%s: the log begins at %d, the state ends at %d: points are missing", named(at), begin, wanted)
     return Beginning(committed, offset or 0, clock, position, state, known)
 
 
@@ -93,11 +93,13 @@ async def _load(
         async with asyncio.timeout(limit_s):
             state = await _loaded(at, group, store, trouble)
     except TimeoutError:
-        log.error("%s: the store gave no state within %g s; going on without", at, limit_s)
+        log.error("%s: the store gave no state within %g s; going on without", named(at), limit_s)
         return None
     if state is None or state.offset <= committed:
         return state
-    log.error("%s: the state is as of offset %d, the group has read up to %d: dropped", at, state.offset, committed)
+    log.error(
+        "%s: the state is as of offset %d, the group has read up to %d: dropped", named(at), state.offset, committed
+    )
     with contextlib.suppress(StoreError):
         await store.drop(group, at.topic, at.partition)
     return None
@@ -109,7 +111,7 @@ async def _loaded(at: TopicPartition, group: str, store: Store, trouble: Trouble
         try:
             return await store.load(group, at.topic, at.partition)
         except StoreError as e:
-            trouble.say(f"cannot read the state of {at}: {e}")
+            trouble.say(f"cannot read the state of {named(at)}: {e}")
         failures += 1
         await asyncio.sleep(pause(failures, *_AGAIN_S))
 

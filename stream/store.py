@@ -135,7 +135,7 @@ class Store:
                 the setting, or what is not allowed.
         """
         started = time.monotonic()
-        failures = 0
+        failures, reason = 0, ""
         while True:
             remaining_s = deadline_s - (time.monotonic() - started)
             try:
@@ -151,13 +151,15 @@ class Store:
                         f"the store at {self.address} lets us not in: its certificate is not accepted, "
                         f"{untrusted.verify_message}; see {REDIS}SSL_CAFILE"
                     ) from e
+                if not reason or not isinstance(e, TimeoutError):  # the last attempt may have had no time to fail
+                    reason = f"{_reason(e)}{self._tls_or_not(e)}"
                 failures += 1
                 pause_s = pause(failures, *_AGAIN_S)
                 tried_s = time.monotonic() - started
                 if tried_s + pause_s >= deadline_s:
                     raise StoreError(
                         f"cannot reach the store at {self.address} (tried for {tried_s:.1f} s): "
-                        f"{_reason(e)}{self._tls_or_not(e)}; set {_SETTING} to your Redis"
+                        f"{reason}; set {_SETTING} to your Redis"
                     ) from e
             await asyncio.sleep(pause_s)
         try:

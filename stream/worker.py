@@ -13,7 +13,7 @@ from aiokafka.errors import KafkaError
 
 from stream.detector import Counts, Detector
 from stream.errors import BrokerError, TocsinError
-from stream.kafka import Rebalance, answered_ms, explained, lag, points_consumer, read_up_to
+from stream.kafka import Rebalance, answered_ms, explained, lag, named, points_consumer, read_up_to
 from stream.outbox import in_vain
 from stream.partition import Overtaken, Partition
 from stream.registry import Registry
@@ -305,7 +305,7 @@ class Worker:
                     why = explained(e, self.settings.kafka, wish="Write")
                     self._problem = BrokerError(f"cannot take partition {at.partition} of {at.topic}: {why}")
                     return
-                trouble.say(f"cannot take {at}: {e!r}; trying again")
+                trouble.say(f"cannot take {named(at)}: {e!r}; trying again")
             except Exception as e:
                 self._problem = e
                 return

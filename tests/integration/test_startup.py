@@ -61,6 +61,7 @@ def test_no_store(embedded_broker: str, unique: str, unused_port: int, tmp_path:
     done = serve(impatient(embedded_broker, url, unique), tmp_path)
     assert done.returncode == 1
     assert f"127.0.0.1:{unused_port}" in last_line(done) and "TOCSIN_REDIS__URL" in last_line(done)
+    assert "Connect call failed" in last_line(done), "not that the last attempt had no time"
 
 
 def test_no_broker(redis_url: str, unique: str, unused_port: int, tmp_path: Path) -> None:
