@@ -7,6 +7,7 @@ matter of speed: cut differently, or with a snapshot and a restore between two o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -30,7 +31,7 @@ from stream.places import NOWHERE as UNWATCHED
 from stream.places import Places
 from stream.policy import PolicyTable, Rule
 from stream.records import Reason, Reject
-from stream.results import Counts, DetectorConfig, Result, Served
+from stream.results import Counts, DetectorConfig, Result, Served, Shared
 from stream.ruleset import RuleSet
 from stream.silence import Silence
 
@@ -82,9 +83,9 @@ class Detector:
         self.table = PolicyTable.of([rule.policy for rule in rules])
         self.silence = Silence()
         self.index = SeriesIndex(metrics_of=self._metrics_of)
-        names = self.index.names
-        self.places = Places(config, self.rules, served, self.table, self.counts, names, general)
-        self.shadows = Places(config, self.rules, shadows or [None] * len(rules), self.table, Counts(), names)
+        shared = Shared(config, self.rules, self.table, self.counts, self.index.names)
+        self.places = Places(shared, served, general)
+        self.shadows = Places(replace(shared, counts=Counts()), shadows or [None] * len(rules))
         self.rule_of: Int32Array = np.zeros(0, np.int32)
         self.admission = Admission(config.series_max, config.idle_ms, self.table)
         self.spare_max = _SPARE_MAX

@@ -18,21 +18,16 @@ from models.base import Assessment, Context
 from models.pot import Outcome
 from stream import grid
 from stream.columns import BoolArray, Columns, Float64Array, Int8Array, Int32Array, Int64Array
-from stream.events import (
-    iso_time,
-)
+from stream.events import iso_time
 from stream.judge import Judge, Verdict
 from stream.judged import Judged, ratio_of
 from stream.past import COPIES, Past
 from stream.placing import Cells, Placing
-from stream.policy import PolicyTable, Rule
 from stream.records import Reject
-from stream.results import Counts, DetectorConfig, Result, Scores, Served
+from stream.results import Result, Scores, Served, Shared
 from stream.revision import Said, mend
 from stream.waiting import Waiting
 from stream.windows import Windows
-
-_SCORE_MAX = 1e30  # a tail fitted to such scores still has its quantiles below the largest float32
 
 
 class _Kind(IntEnum):
@@ -83,42 +78,27 @@ class Group:
 
     _ARRAYS = (("series", -1), ("shift", 0.0), ("member", 0), ("ahead", np.nan))  # with the value of a fresh row
 
-    def __init__(
-        self,
-        config: DetectorConfig,
-        served: Served,
-        rules: Sequence[Rule],
-        table: PolicyTable,
-        counts: Counts,
-        names: Sequence[str],
-    ) -> None:
+    def __init__(self, shared: Shared, served: Served) -> None:
         """Make a group without series.
 
         Args:
-            config: what is the same for all series.
-            served: the model that they share.
-            rules: of the detector.
-            table: the policies of the rules.
-            counts: where it is counted.
-            names: of all series of the detector, by slot; they may become more.
+            shared: what it has in common with other groups.
+            served: the model that its series share.
         """
-        self.config = config
+        self.config, self.rules, self.table, self.counts = shared.config, shared.rules, shared.table, shared.counts
         self.served = served
         self.model = served.model
-        self.rules = rules
-        self.table = table
-        self.counts = counts
         self.features, self.window = served.model.features, served.model.history
-        self.waits = self.features > 1 or bool(table.wait.any())  # whether any series may
+        self.waits = self.features > 1 or bool(self.table.wait.any())  # whether any series may
         self.rows = 0  # in use or free again
         self._free: dict[int, list[int]] = {1: [], 1 + COPIES: []}  # first rows of removed series, by how many each has
         self.capacity = 0
-        self.placing = Placing(table)
+        self.placing = Placing(self.table)
         self.waiting = Waiting(self.window, self.features)
         self.windows = Windows(self.window, self.features)
-        self.judge = Judge(config, served, rules, table, counts, self.name)
+        self.judge = Judge(shared, served, self.name)
         self.series: Int32Array = np.zeros(0, np.int32)  # slot of each row in the detector; -1 of a copy or a free row
-        self._names = names
+        self._names = shared.names
         self.shift: Float64Array = np.zeros((0, self.features))  # of what was flagged last, from what was expected
         self.member: Int64Array | None = np.zeros(0, np.int64) if served.members else None  # of a stack, its weights
         # What the model said of the next point, if the window is still as it was then. Not state: it can be made anew.

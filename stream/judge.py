@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,8 @@ from stream.columns import BoolArray, Float64Array, Int8Array, Int32Array, Int64
 from stream.events import SEVERITIES, Event, SeverityName, incident_id
 from stream.incidents import Action, IncidentPolicy, Incidents, State, severity_of
 from stream.judged import Judged, anomaly_event, ratio_of
-from stream.policy import PolicyTable, Rule
-from stream.results import Counts, DetectorConfig, Served
+from stream.policy import Rule
+from stream.results import Served, Shared
 
 NEVER = -1  # no event time: those are not negative
 _SCORE_MAX = 1e30  # a tail fitted to such scores still has its quantiles below the largest float32
@@ -47,31 +47,17 @@ class Judge:
         first_score_ms: event time of the first score, (S,) int64; NEVER without one.
     """
 
-    def __init__(
-        self,
-        config: DetectorConfig,
-        served: Served,
-        rules: Sequence[Rule],
-        table: PolicyTable,
-        counts: Counts,
-        name: Callable[[int], str],
-    ) -> None:
+    def __init__(self, shared: Shared, served: Served, name: Callable[[int], str]) -> None:
         """Make a judge of no series.
 
         Args:
-            config: what is the same for all series.
+            shared: what its group has in common with others.
             served: the model that their scores are of.
-            rules: of the detector.
-            table: the policies of the rules.
-            counts: where it is counted.
             name: returns the name of the series of a row.
         """
-        self.config = config
+        self.config, self.rules, self.table, self.counts = shared.config, shared.rules, shared.table, shared.counts
         self.served = served
-        self.rules = rules
-        self.table = table
-        self.counts = counts
-        self.threshold = Spot(config.pot, prior=served.prior)
+        self.threshold = Spot(self.config.pot, prior=served.prior)
         self.incidents = Incidents()
         self.first_score_ms: Int64Array = np.zeros(0, np.int64)
         self._name = name

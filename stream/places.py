@@ -10,8 +10,7 @@ from models.arrays import grown
 from stream.columns import BoolArray, Columns, Int32Array, Int64Array
 from stream.group import Group
 from stream.incidents import State
-from stream.policy import PolicyTable, Rule
-from stream.results import Counts, DetectorConfig, Result, Served
+from stream.results import Result, Served, Shared
 
 NOWHERE = -1
 
@@ -27,25 +26,12 @@ class Places:
         on_general: how many series the general model watches because the stack of their rule has none for them.
     """
 
-    def __init__(
-        self,
-        config: DetectorConfig,
-        rules: Sequence[Rule],
-        served: Sequence[Served | None],
-        table: PolicyTable,
-        counts: Counts,
-        names: Sequence[str],
-        general: Served | None = None,
-    ) -> None:
+    def __init__(self, shared: Shared, served: Sequence[Served | None], general: Served | None = None) -> None:
         """Make groups without series.
 
         Args:
-            config: what is the same for all series.
-            rules: of the detector.
+            shared: what the groups have in common.
             served: the model of each rule; None of one that has none here. Equal ones share a group.
-            table: the policies of the rules.
-            counts: where the groups count.
-            names: of all series, by slot; they may become more.
             general: watches the KPIs that a stack has no model for; None: nothing does.
         """
         self.groups: list[Group] = []
@@ -59,7 +45,7 @@ class Places:
                 return NOWHERE
             if one.ref not in refs:
                 refs[one.ref] = len(self.groups)
-                self.groups.append(Group(config, one, rules, table, counts, names))
+                self.groups.append(Group(shared, one))
             return refs[one.ref]
 
         self._of_rule = [number_of(one) for one in served]

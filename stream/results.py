@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from models.base import Model
 from models.pot import PotConfig, Prior
 from stream.columns import BoolArray, Float64Array, Int32Array, Int64Array
 from stream.events import Event
+from stream.policy import PolicyTable, Rule
 from stream.records import Reject
 
 
@@ -71,6 +72,25 @@ class Counts:
     def as_dict(self) -> dict[str, int]:
         """Return the counts by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all groups of a detector have in common.
+
+    Attributes:
+        config: what is the same for all series.
+        rules: of the detector.
+        table: the policies of the rules.
+        counts: where it is counted.
+        names: of all series, by slot; they may become more.
+    """
+
+    config: DetectorConfig
+    rules: Sequence[Rule]
+    table: PolicyTable
+    counts: Counts
+    names: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)

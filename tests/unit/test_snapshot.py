@@ -20,6 +20,7 @@ from stream.group import Group
 from stream.incidents import State
 from stream.placing import NO_PHASE
 from stream.policy import Policy, Rule
+from stream.results import Shared
 from stream.windows import STEPS_MAX
 from stream.withheld import to_bytes
 from tests.helpers import (
@@ -965,7 +966,7 @@ def test_bytes_of_one_entity() -> None:
     live = fed(entity_points(400), replace(SETUP, config=replace(SETUP.config, pot=PotConfig())))
     group = live.groups[0]
     (blob,) = packed(live).values()
-    one = snapshot.row_dtype(Group(live.config, ONE, SETUP.rules, live.table, live.counts, [])).itemsize
+    one = snapshot.row_dtype(Group(Shared(live.config, SETUP.rules, live.table, live.counts, []), ONE)).itemsize
     # 4 bytes and a bit a value of the window, and a few numbers a feature; the threshold is one for all.
     assert snapshot.row_dtype(group).itemsize <= one + 2 * (9 * 4 + 2 + 30)
     print(f"W=9 F=3: {len(blob)} bytes")  # noqa: T201
