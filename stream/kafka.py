@@ -51,14 +51,14 @@ def client_options(settings: KafkaSettings) -> dict[str, Any]:
     }
 
 
-def transactional_id(settings: KafkaSettings, partition: TopicPartition) -> str:
-    """Return the id under which a partition's outputs are committed; it fences a worker that had it before."""
-    return f"{settings.group}-{partition.topic}-{partition.partition}"
-
-
 def named(partition: TopicPartition) -> str:
     """Return the name of a partition as Kafka's own logs have it, TOPIC-NUMBER."""
     return f"{partition.topic}-{partition.partition}"
+
+
+def transactional_id(settings: KafkaSettings, partition: TopicPartition) -> str:
+    """Return the id under which a partition's outputs are committed; it fences a worker that had it before."""
+    return f"{settings.group}-{named(partition)}"
 
 
 def points_consumer(settings: KafkaSettings) -> AIOKafkaConsumer:

@@ -396,8 +396,7 @@ class Store:
 def _end_if_cancelled() -> None:
     """Be cancelled, if that was asked for and forgotten.
 
-    redis-py sends within `asyncio.wait_for`, and that of Python 3.11 forgets a cancellation that comes just as the
-    sending is done: seen as a service that a SIGTERM at its start did not end.
+    redis-py may forget it, see `tasks.ended`; for whoever is cancelled once only, as a command by Ctrl-C.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
